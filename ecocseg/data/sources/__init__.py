@@ -1,0 +1,1 @@
+"""Raw data sets: each file turns one published layout into records."""
