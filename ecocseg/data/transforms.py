@@ -1,0 +1,186 @@
+"""From encoded bytes to a crop of fixed size: decode, resize, random scale, crop, pad, flip; one sample, seeded by
+the caller.
+
+Crops are tried out on the mask alone; the image is decoded once and only the chosen crop of it is resized or converted.
+Legend: H W pixels of the crop.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ecocseg.errors import InputError
+
+IGNORE = 255
+MAX_REDRAWS = 10  # DAFormer and mmseg: crops redrawn at most this often, the last is taken as it is
+
+UInt8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop: `image` uint8 [3, H, W] RGB; `labels` uint8 [H, W], 255 = ignored, None without a mask; `valid` bool
+    [H, W], False on padding. `image` may be a transposed view."""
+
+    image: UInt8
+    labels: UInt8 | None
+    valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class WeakTransform:
+    """Geometric augmentation of one sample. Calling it is a pure function of the bytes and the generator's state.
+
+    `rng` is consumed alike whether or not there is padding: scale, crops, flip.
+    """
+
+    crop: tuple[int, int]  # height, width of the result in pixels
+    resize: tuple[int, int] | None = None  # height, width to which every image is brought first; None = as packed
+    scale: tuple[float, float] = (1.0, 1.0)  # range of a uniform factor on that size
+    flip: float = 0.5  # probability of a horizontal flip; DAFormer
+    max_class_share: float = 0.75  # of labelled pixels; crops in which one class fills this are redrawn; DAFormer
+    min_class_pixels: int = 0  # of the focus class; crops with no more are redrawn; DAFormer 1500, HRDA 6000
+
+    def __call__(
+        self,
+        image_bytes: bytes,
+        mask_bytes: bytes | None,
+        rng: np.random.Generator,
+        focus_class: int | None = None,
+        image_id: str = "",
+    ) -> Sample:
+        """Crop of one image. `focus_class`: the class a rare-class stream drew this row for.
+
+        Raises InputError naming `image_id` if image or mask does not decode or their sizes differ.
+        """
+        image = decode_image(image_bytes, image_id)
+        mask = None if mask_bytes is None else decode_mask(mask_bytes, image_id)
+        if mask is not None and mask.size != image.size:
+            raise InputError(
+                f"image_id {image_id!r}: the image is {image.size[0]}x{image.size[1]} but its mask is "
+                f"{mask.size[0]}x{mask.size[1]} (width x height); pack the pair again with equal sizes"
+            )
+        height, width = self._size(image, rng)
+        labels_HW = None
+        if mask is None:
+            box = self._draw_box((height, width), rng)
+        else:
+            if mask.size != (width, height):
+                mask = mask.resize((width, height), Image.Resampling.NEAREST)
+            full_HW = np.asarray(mask)
+            box = self._choose_box(full_HW, rng, focus_class)
+            labels_HW = full_HW[box[0] : box[2], box[1] : box[3]]
+        image_HWC = _crop_resized(image, (height, width), box, image_id)
+        return self._finish(image_HWC, labels_HW, flip=bool(rng.random() < self.flip))
+
+    def _size(self, image: Image.Image, rng: np.random.Generator) -> tuple[int, int]:
+        height, width = self.resize or (image.size[1], image.size[0])
+        factor = rng.uniform(*self.scale)
+        return max(1, round(height * factor)), max(1, round(width * factor))
+
+    def _draw_box(self, size: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, bottom, right of a random crop, smaller than `crop` where the image is."""
+        height, width = size
+        top = int(rng.integers(max(0, height - self.crop[0]) + 1))
+        left = int(rng.integers(max(0, width - self.crop[1]) + 1))
+        return top, left, min(height, top + self.crop[0]), min(width, left + self.crop[1])
+
+    def _varied_box(self, mask_HW: UInt8, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """A crop that no single class dominates, if 1 + MAX_REDRAWS draws give one (mmseg RandomCrop, cat_max_ratio).
+        """
+        box = self._draw_box(mask_HW.shape, rng)
+        if self.max_class_share >= 1:
+            return box
+        for _ in range(MAX_REDRAWS):
+            if class_share(mask_HW[box[0] : box[2], box[1] : box[3]]) < self.max_class_share:
+                break
+            box = self._draw_box(mask_HW.shape, rng)
+        return box
+
+    def _choose_box(
+        self, mask_HW: UInt8, rng: np.random.Generator, focus_class: int | None
+    ) -> tuple[int, int, int, int]:
+        """A crop with enough of the focus class, if 1 + MAX_REDRAWS draws give one (DAFormer's rare class sampling)."""
+        box = self._varied_box(mask_HW, rng)
+        if focus_class is None or focus_class < 0 or self.min_class_pixels <= 0:
+            return box
+        for _ in range(MAX_REDRAWS):
+            if np.count_nonzero(mask_HW[box[0] : box[2], box[1] : box[3]] == focus_class) > self.min_class_pixels:
+                break
+            box = self._varied_box(mask_HW, rng)
+        return box
+
+    def _finish(self, image_HWC: UInt8, labels_HW: UInt8 | None, flip: bool) -> Sample:
+        """Pad at the bottom and the right (image 0, labels 255), then flip."""
+        height, width = image_HWC.shape[:2]
+        valid_HW = np.ones(self.crop, bool)
+        if (height, width) != self.crop:
+            rest = ((0, self.crop[0] - height), (0, self.crop[1] - width))
+            valid_HW[height:] = False
+            valid_HW[:, width:] = False
+            image_HWC = np.pad(image_HWC, (*rest, (0, 0)))
+            if labels_HW is not None:
+                labels_HW = np.pad(labels_HW, rest, constant_values=IGNORE)
+        if flip:
+            image_HWC, valid_HW = image_HWC[:, ::-1], valid_HW[:, ::-1]
+            labels_HW = None if labels_HW is None else labels_HW[:, ::-1]
+        return Sample(image_HWC.transpose(2, 0, 1), labels_HW, valid_HW)
+
+
+def class_share(labels_HW: UInt8) -> float:
+    """Share of the most frequent class among the labelled pixels; 1 if none is labelled."""
+    counts = np.bincount(labels_HW.ravel(), minlength=IGNORE + 1)[:IGNORE]
+    total = int(counts.sum())
+    return float(counts.max() / total) if total else 1.0
+
+
+def decode_image(data: bytes, image_id: str = "") -> Image.Image:
+    """PIL image with its header read; pixels are decoded on use. InputError naming `image_id` if it is no 8-bit
+    image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image_id {image_id!r}: the image does not decode ({error}); pack it again") from error
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"image_id {image_id!r}: image mode {image.mode} is not 8-bit; convert it to 8-bit RGB")
+    return image
+
+
+def decode_mask(data: bytes, image_id: str = "") -> Image.Image:
+    """Decoded mask of class indices, mode L or P. InputError naming `image_id` if it is something else."""
+    try:
+        mask = Image.open(io.BytesIO(data))
+        mask.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image_id {image_id!r}: the mask does not decode ({error}); pack it again") from error
+    if mask.mode not in ("L", "P"):
+        raise InputError(
+            f"image_id {image_id!r}: mask mode {mask.mode} is not 8-bit class indices; pack a grey or palette PNG"
+        )
+    return mask
+
+
+def _crop_resized(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], image_id: str = ""
+) -> UInt8:
+    """Crop `box` (top, left, bottom, right) of the image resized to `size` (height, width); uint8 [h, w, 3].
+
+    Pillow's `box` argument resamples the crop alone, with the source pixels around it at hand: the same pixels as
+    resizing everything. Its bilinear filter widens with the reduction (antialias), unlike OpenCV's, which mmseg uses.
+    """
+    top, left, bottom, right = box
+    try:
+        if size == (image.size[1], image.size[0]):
+            return np.asarray(image.crop((left, top, right, bottom)).convert("RGB"))
+        down, across = image.size[1] / size[0], image.size[0] / size[1]
+        source = (left * across, top * down, min(right * across, image.size[0]), min(bottom * down, image.size[1]))
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return np.asarray(rgb.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=source))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"image_id {image_id!r}: the image does not decode ({error}); pack it again") from error
