@@ -1,0 +1,478 @@
+"""One run, described completely: nested, typed and frozen. A recipe is a YAML file that holds only what differs.
+
+`load` reads a recipe (with `base:`), applies dotted overrides and checks everything, reporting all problems at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ecocseg.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+Size = tuple[int, int]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    labeled: str | None = None
+    """URL of the labelled shards (local path or s3://bucket/key)."""
+    unlabeled: str | None = None
+    """URL of the unlabelled shards; masks in them are never read."""
+    eval: dict[str, str] = Field(default_factory=dict)
+    """URLs of labelled evaluation shards by name; the first is the one that counts."""
+    prepare: Literal["demo"] | None = None
+    """Data set to make at these URLs when they hold nothing yet; `demo` is the built-in one."""
+    crop: Size = (512, 512)
+    """Pixels (height, width) of a training crop."""
+    resize_labeled: Size | None = None
+    """Pixels (height, width) labelled images are resized to before cropping; null = as they are."""
+    resize_unlabeled: Size | None = None
+    """Pixels (height, width) unlabelled images are resized to before cropping; null = as they are."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Factors between which an image is rescaled at random before cropping."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    max_class_share: float = Field(0.75, gt=0, le=1)
+    """Share of a labelled crop from which one class makes it be redrawn (up to 10 times); 1 = never. DAFormer 0.75."""
+    sampling: Literal["uniform", "rare_class"] = "uniform"
+    """Order of the labelled stream: uniform passes, or DAFormer's rare class sampling."""
+    rare_temperature: float = Field(0.01, gt=0)
+    """Temperature of the class distribution of rare class sampling. DAFormer 0.01."""
+    rare_min_pixels: int = Field(3000, ge=1)
+    """Pixels of a class an image must exceed to be drawn for it, at full label resolution. DAFormer 3000."""
+    rare_crop_min_pixels: int = Field(1500, ge=0)
+    """Pixels of the drawn class a crop should exceed (redrawn up to 10 times); 0 = not asked. DAFormer 1500."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, on [0, 1]; subtracted from images."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, on [0, 1]; images are divided by it."""
+    loader: Literal["ray", "torch"] = "ray"
+    """How shards reach a worker: Ray Data, or threads in the worker. Same rows, same order."""
+    lanes: int | None = Field(None, ge=1)
+    """Number of lanes the sample order is woven from; workers must divide it. null = batch size, up to 64."""
+    prefetch_mb: int = Field(256, ge=1)
+    """Megabytes of encoded images read ahead per stream and worker."""
+    decode_threads: int = Field(1, ge=1)
+    """Number of decoding threads per stream and worker."""
+    read_cpus: float = Field(0.25, gt=0)
+    """CPUs reserved for each Ray Data read task."""
+
+
+class ModelConfig(Section):
+    encoder: str = "mit_b5"
+    """Encoder: mit_b0..mit_b5, or any timm model that gives feature maps."""
+    head: str = "daformer"
+    """Decoder: daformer, deeplabv2, segformer, deeplabv3plus, or smp:<Architecture>."""
+    pretrained: str | None = None
+    """Encoder weights: `default` (the encoder's own from its hub), a hub name, a path or URL; null = from scratch."""
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of encoder keys that the pretrained weights need not hold."""
+    channels: int = Field(256, ge=8)
+    """Number of channels inside the decoder."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability of dropout before the classifier."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Probability of stochastic depth in the encoder's last block. DAFormer 0.1."""
+    output_stride: int | None = None
+    """Stride of the encoder's last feature map; null = the encoder's own."""
+    activation_checkpointing: bool = False
+    """Recompute encoder activations in the backward pass: less memory, about a third more time."""
+
+
+class CodebookConfig(Section):
+    kind: Literal["max_min", "text", "random"] = "max_min"
+    """How codewords are made: well separated, from class-name embeddings, or by random search."""
+    length: int = Field(40, ge=1, le=512)
+    """Number of bits of a codeword; about 10 log2(classes)."""
+    seed: int = 0
+    """Seed of the codebook, apart from the training seed."""
+    embeddings: str | None = None
+    """File (.npy, .safetensors) of class-name embeddings for `text`; null = the shipped ones."""
+    path: str | None = None
+    """File of a saved codebook; replaces kind, length and seed."""
+
+
+class CodingConfig(Section):
+    kind: Literal["ecoc", "one_hot"] = "ecoc"
+    """How a class is written as outputs: the bits of a codeword, or one output per class (the baseline)."""
+    codebook: CodebookConfig = CodebookConfig()
+    reliability: float = Field(0.95, ge=0.5, le=1)
+    """Mean confidence T at which shared bits count as reliable. METHOD 4: 0.5 = code-wise, 1 = bit-wise labels."""
+    label_form: Literal["hybrid", "code", "bit"] = "hybrid"
+    """Form of pseudo-labels: reliable bits from the codeword and the rest bit by bit, all code-wise, or all bit-wise."""
+    bce_weight: float = Field(1.0, ge=0)
+    """Weight of the bit cross-entropy."""
+    distance_weight: float = Field(5.0, ge=0)
+    """Weight lambda1 of the pixel-code distance."""
+    contrast_weight: float = Field(2.0, ge=0)
+    """Weight lambda2 of the pixel-code contrast."""
+    temperature: float = Field(0.5, gt=0)
+    """Temperature tau of the contrast; 0.1 suits training from scratch."""
+    contrast_negatives: Literal["codewords", "target_and_negatives"] = "codewords"
+    """What the contrast is summed over: all codewords (released code), or the target and the other codewords (text)."""
+    max_candidates: int | None = Field(None, ge=1)
+    """Number of candidate classes bit mining looks at; null = all. The released code stops at 8."""
+
+
+class MethodConfig(Section):
+    kind: Literal["supervised", "self_training"] = "self_training"
+    """How unlabelled images are used: not at all, or by a teacher's pseudo-labels on mixed images (DACS, DAFormer)."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Decay of the teacher's parameter average, reached from below: min(1 - 1/(t+1), decay)."""
+    confidence_threshold: float = Field(0.968, ge=0, le=1)
+    """Confidence from which a pixel counts towards the pseudo-label weight. DACS, DAFormer 0.968."""
+    weighting: Literal["image", "batch", "pixel"] = "image"
+    """Pseudo-label weight: share of the image's confident pixels, of the worker's whole batch (released code), or per pixel."""
+    ignore_top: int = Field(0, ge=0)
+    """Rows of pixels at the top of a target crop whose pseudo-labels weigh nothing. DAFormer on Cityscapes 15."""
+    ignore_bottom: int = Field(0, ge=0)
+    """Rows of pixels at the bottom of a target crop whose pseudo-labels weigh nothing. DAFormer on Cityscapes 120."""
+    jitter: float = Field(0.2, ge=0, le=0.5)
+    """Strength of colour jitter (brightness, contrast, saturation, hue) on mixed images."""
+    jitter_probability: float = Field(0.8, ge=0, le=1)
+    """Probability of colour jitter, drawn once a step."""
+    blur_probability: float = Field(0.5, ge=0, le=1)
+    """Probability of Gaussian blur, drawn once a step."""
+    blur_sigma: tuple[float, float] = (0.15, 1.15)
+    """Pixels between which the blur's standard deviation is drawn."""
+    mixed_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on mixed images."""
+    average: Literal["all", "valid"] = "all"
+    """Divisor of the labelled loss: all pixels (DAFormer), or those with a label."""
+    feature_distance: float = Field(0.0, ge=0)
+    """Weight of the thing-class feature distance; needs a pretrained encoder. DAFormer 0.005."""
+    feature_distance_classes: tuple[int, ...] = ()
+    """Class ids the feature distance looks at; DAFormer on Cityscapes 6, 7, 11..18."""
+    feature_distance_share: float = Field(0.75, gt=0, le=1)
+    """Share of a feature cell one such class must cover."""
+
+
+class OptimConfig(Section):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    lr: float = Field(6e-5, gt=0)
+    """Learning rate of the encoder at its highest."""
+    decoder_lr_factor: float = Field(10.0, gt=0)
+    """Learning rate of the decoder over that of the encoder."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay."""
+    no_decay: Literal["norm_and_position", "none"] = "norm_and_position"
+    """Parameters without weight decay: norms and position embeddings (DAFormer's MiT), or none (ResNet recipes)."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Averaging factors of AdamW."""
+    warmup_steps: int = Field(1500, ge=0)
+    """Number of steps over which the learning rate rises linearly. DAFormer 1500."""
+    warmup_ratio: float = Field(1e-6, ge=0, le=1)
+    """Share of the learning rate the warm-up begins with. DAFormer 1e-6."""
+    schedule: Literal["poly", "constant"] = "poly"
+    """Decay after the warm-up: (1 - step/steps)^power, or none."""
+    power: float = Field(1.0, gt=0)
+    """Power of the polynomial decay; 1 = linear (DAFormer), 0.9 (UniMatch)."""
+    gradient_clipping: float = Field(0.0, ge=0)
+    """Largest norm of the whole gradient; 0 = no clipping."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(40000, ge=1)
+    """Number of optimiser steps."""
+    seed: int = 0
+    """Seed of everything but the codebook: weights, order, augmentation, mixing."""
+    labeled_batch: int = Field(2, ge=1)
+    """Labelled images per optimiser step, over all workers."""
+    unlabeled_batch: int = Field(2, ge=1)
+    """Unlabelled images per optimiser step, over all workers."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Most labelled images a worker takes through the model at once; accumulation follows from it. null = no limit."""
+    log_every: int = Field(50, ge=1)
+    """Number of steps between log lines (and between host syncs)."""
+    eval_every: int = Field(4000, ge=0)
+    """Number of steps between evaluations; 0 = only at the end."""
+    checkpoint_every: int = Field(2000, ge=0)
+    """Number of steps between checkpoints; 0 = only at the end."""
+    panels_every: int = Field(1000, ge=0)
+    """Number of steps between picture panels; 0 = none."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """Number of latest checkpoints kept, beside the best."""
+    compare_with_source_only: bool = False
+    """Train the same recipe without the unlabelled images first, and show the table before and after adaptation."""
+
+
+class EngineConfig(Section):
+    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    """What runs the step: DeepSpeed, or plain torch (DistributedDataParallel)."""
+    zero_stage: int = Field(1, ge=0)
+    """What DeepSpeed shards over workers: 0 nothing, 1 optimiser state, 2 gradients too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; bf16 is autocast, weights stay fp32."""
+    compile: bool = False
+    """Compile student and teacher with torch.compile."""
+    channels_last: bool = False
+    """Keep images and convolution weights in channels-last memory order."""
+    sync_batch_norm: bool = False
+    """Compute batch norm statistics over all workers (GPU only)."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads per worker on CPU; null = cores / workers."""
+
+
+class LaunchConfig(Section):
+    workers: int | None = Field(None, ge=1)
+    """Number of training workers; null = every GPU, or 1 without GPUs."""
+    gpu: bool | None = None
+    """Train on GPUs; null = when the cluster has any."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs reserved by a worker; null = what ingest leaves, up to 4."""
+    max_failures: int = Field(3, ge=0)
+    """Number of times a run is restarted after a worker is lost."""
+
+
+class EvalConfig(Section):
+    mode: Literal["whole", "slide"] = "whole"
+    """Inference over the whole image, or by sliding windows."""
+    crop: Size = (512, 512)
+    """Pixels (height, width) of a sliding window."""
+    stride: Size = (341, 341)
+    """Pixels (vertical, horizontal) between sliding windows."""
+    resize: Size | None = None
+    """Pixels (height, width) images are resized to; scores return to the label's size. null = as they are."""
+    flip: bool = False
+    """Average with the mirrored image."""
+    scales: tuple[float, ...] = (1.0,)
+    """Image scales averaged over."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What windows, flips and scales are averaged in: logits (UDA) or probabilities (UniMatch)."""
+    scored_classes: tuple[int, ...] | None = None
+    """Class ids mIoU is taken over; null = all. SYNTHIA scores 16 of 19."""
+
+
+class StorageConfig(Section):
+    endpoint: str | None = None
+    """URL of an S3-compatible server; null = AWS, or AWS_ENDPOINT_URL."""
+    region: str | None = None
+    """Region of the bucket."""
+    path_style: bool | None = None
+    """Address buckets in the path instead of the host name."""
+    retries: int = Field(5, ge=0)
+    """Number of times a request is tried again."""
+
+
+class TrackingConfig(Section):
+    tensorboard: bool = True
+    """Write TensorBoard files in the run's folder."""
+
+
+class NameConfig(Section):
+    name: str | None = None
+    """Name of the run's folder; null = recipe and time."""
+    directory: str = "runs"
+    """Folder or URL under which runs are written."""
+
+
+class RunConfig(Section):
+    recipe: str = "custom"
+    """Name the recipe was loaded by."""
+    description: str = ""
+    """One line on what the recipe is."""
+    published: str | None = None
+    """Published result of this very setting, if there is one."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    coding: CodingConfig = CodingConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    eval: EvalConfig = EvalConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    run: NameConfig = NameConfig()
+
+    @property
+    def needs_unlabeled(self) -> bool:
+        return self.method.kind != "supervised"
+
+    def updated(self, **sections: dict[str, Any]) -> RunConfig:
+        """A copy with some keys replaced, section by section: `config.updated(train={"seed": 1})`."""
+        plain = self.model_dump(mode="json")
+        for section, values in sections.items():
+            plain[section] = {**plain[section], **values}
+        return RunConfig.model_validate(plain)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def load(recipe: str | None = None, file: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe by name or a YAML file, apply `dotted.key=value` overrides, and check the whole.
+
+    Raises:
+        InputError: naming every bad key or value at once, with the remedy.
+    """
+    if file is not None:
+        plain, name = _read(Path(file)), Path(file).stem
+    else:
+        name = recipe or "demo"
+        if name not in recipe_names():
+            raise InputError(f"no recipe '{name}'{_hint(name, recipe_names())}; --list shows all {len(recipe_names())}")
+        plain = _read(RECIPES / f"{name}.yaml")
+    if not plain.get("recipe"):
+        plain["recipe"] = name
+    for override in overrides:
+        _apply(plain, override)
+    return validate(plain)
+
+
+def validate(plain: dict[str, Any]) -> RunConfig:
+    """Turn plain data into a checked `RunConfig`, or raise one InputError with all problems."""
+    problems = [f"{key}: no such key{_hint(key, [k for k, *_ in keys()])}" for key in _unknown(plain)]
+    try:
+        config = RunConfig.model_validate(plain)
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] != "extra_forbidden":
+                problems.append(f"{'.'.join(map(str, item['loc']))}: {item['msg'][:1].lower()}{item['msg'][1:]}, "
+                                f"not {item['input']!r}")
+        config = None
+    if config is not None:
+        problems += _conflicts(config)
+    if problems:
+        raise InputError("the configuration has " + (f"{len(problems)} problems:\n  " if len(problems) > 1 else "a problem: ")
+                         + "\n  ".join(problems))
+    assert config is not None
+    return config
+
+
+def _conflicts(config: RunConfig) -> list[str]:
+    """What no single key is to blame for. Each line names the keys and the remedy."""
+    problems = []
+    if config.data.labeled is None:
+        problems.append("data.labeled: not set; give the URL of labelled shards (jobs/prepare_shards.py makes them)")
+    if config.needs_unlabeled and config.data.unlabeled is None:
+        problems.append("data.unlabeled: not set; give the URL of unlabelled shards, or method.kind=supervised")
+    if config.engine.zero_stage > 2:
+        problems.append(f"engine.zero_stage: {config.engine.zero_stage} is refused: stage 3 shards the parameters the fp32 "
+                        "teacher is averaged from, and these models fit a worker; use 0, 1 or 2")
+    if config.method.feature_distance > 0 and config.model.pretrained is None:
+        problems.append("method.feature_distance: compares with the pretrained encoder, and model.pretrained is not set; "
+                        "give weights, or method.feature_distance=0")
+    if config.method.feature_distance > 0 and not config.method.feature_distance_classes:
+        problems.append("method.feature_distance_classes: empty; name the thing classes' ids, or method.feature_distance=0")
+    if config.method.ignore_top + config.method.ignore_bottom >= config.data.crop[0]:
+        problems.append(f"method.ignore_top + method.ignore_bottom: {config.method.ignore_top + config.method.ignore_bottom} "
+                        f"rows leave nothing of data.crop's {config.data.crop[0]}")
+    if len(config.data.mean) != 3 or len(config.data.std) != 3:
+        problems.append("data.mean, data.std: one number for each of the 3 channels")
+    if config.optim.warmup_steps >= config.train.steps:
+        problems.append(f"optim.warmup_steps: {config.optim.warmup_steps} is not below train.steps {config.train.steps}; "
+                        f"use {config.train.steps // 10} or fewer")
+    return problems
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every key as (dotted key, type, default, meaning)."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _type_name(kind), field.get_default(call_default_factory=True), field.description or ""
+
+
+def help_text() -> str:
+    """The recipes, and every key with type, default and meaning."""
+    lines = ["recipes: " + ", ".join(recipe_names()), "", "keys (dotted.key=value):"]
+    for key, kind, default, meaning in keys():
+        lines.append(f"  {key}: {kind} = {yaml.safe_dump(_plain(default), default_flow_style=True).splitlines()[0]}")
+        lines.append(f"      {meaning}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind).replace("typing.", "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file merged over its `base:` (a file beside it, without the ending)."""
+    try:
+        plain = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give a YAML file, or --recipe") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
+    if not isinstance(plain, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(plain).__name__}")
+    base = plain.pop("base", None)
+    if base is None:
+        return plain
+    parent = path.parent / f"{base}.yaml"
+    if not parent.exists():
+        parent = RECIPES / f"{base}.yaml"
+    return _merge(_read(parent), plain)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(plain: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise InputError(f"'{override}' is not key=value; for example train.steps=100")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise InputError(f"{key}: '{text}' is not a YAML value") from None
+    if isinstance(value, str):
+        try:  # YAML reads 1e-4 as text; a person means a number
+            value = float(value)
+        except ValueError:
+            pass
+    node = plain
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(f"{key}: '{parent}' is a value, not a section{_hint(key, [k for k, *_ in keys()])}")
+    node[last] = value
+
+
+def _unknown(plain: dict[str, Any], section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, value in plain.items():
+        field = section.model_fields.get(name)
+        if field is None:
+            yield f"{prefix}{name}"
+        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _unknown(value, field.annotation, f"{prefix}{name}.")
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:  # the right leaf in the wrong section
+        close = [key for key in known if key.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,43 @@
+"""The teacher: an fp32 average of the student's parameters that labels what has no label."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Teacher:
+    """Exponential moving average of a student.
+
+    The average starts as a copy and its decay rises as min(1 - 1/(t+1), decay), with t the number of updates made
+    before (DACS, DAFormer). It lives outside the engine, so no sharding stage and no compiler prefix can hide a
+    parameter from it, and `t` is in the checkpoint, so a restart never copies the student over it.
+
+    Batch norm stays in training mode and keeps statistics of its own, as in the released DACS and DAFormer;
+    dropout and stochastic depth are off.
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.module = copy.deepcopy(student).float().requires_grad_(False)
+        self.label_mode()
+
+    def label_mode(self) -> None:
+        self.module.eval()
+        for module in self.module.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        """Move one step towards the student's parameters; called at the start of each step but the first."""
+        self.updates += 1
+        alpha = min(1 - 1 / (self.updates + 1), self.decay)
+        mine, theirs = list(self.module.parameters()), [p.detach() for p in student.parameters()]
+        if len(mine) != len(theirs):
+            raise RuntimeError(f"teacher has {len(mine)} parameters, student {len(theirs)}")
+        torch._foreach_lerp_(mine, [p.float() for p in theirs], 1 - alpha)
