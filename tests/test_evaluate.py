@@ -1,0 +1,337 @@
+"""Evaluation against loops over pixels, by hand, and against itself split over workers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from ecocseg.coding import EcocCoding, OneHotCoding
+from torch import Tensor, nn
+
+from ecocseg import codebook, evaluate
+from ecocseg.errors import InputError
+from ecocseg.evaluate import EvalResult, EvalSpec, Normalize, calibration_counts, confusion, predict, predict_scores
+
+N, K = 5, 12
+IDENTITY = Normalize(mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def ecoc() -> EcocCoding:
+    return EcocCoding(codebook.max_min(N, K, seed=0))
+
+
+def pixel_model(outputs: int, seed: int = 0) -> nn.Module:
+    """A model without context: each pixel's logits depend on that pixel alone, so windows cannot change them."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, outputs, 1)).eval()
+
+
+def context_model(outputs: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, outputs, 3, padding=1)).eval()
+
+
+def make_samples(sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    samples = []
+    for height, width in sizes:
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, N, (height, width), generator=generator, dtype=torch.uint8)
+        labels[torch.rand(height, width, generator=generator) < 0.2] = 255
+        samples.append((image, labels))
+    return samples
+
+
+def run(models, coding, samples, spec=None, **options) -> dict[str, EvalResult]:
+    options = {"normalize": IDENTITY, "device": "cpu", **options}
+    return evaluate.evaluate(models, coding, samples, spec or EvalSpec(), **options)
+
+
+def test_confusion_equals_loops_over_pixels():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, N, (2, 7, 5), generator=generator)
+    labels[0, :2] = 255
+    pred = torch.randint(0, N, (2, 7, 5), generator=generator)
+    expected = torch.zeros(N, N, dtype=torch.int64)
+    for t, p in zip(labels.flatten().tolist(), pred.flatten().tolist(), strict=True):
+        if t != 255:
+            expected[t, p] += 1
+    result = confusion(pred, labels.to(torch.uint8), N)
+    assert result.dtype == torch.int64
+    assert torch.equal(result, expected)
+    assert confusion(pred, torch.full_like(labels, 255), N).sum() == 0
+
+
+@pytest.mark.parametrize("wrong", [N, 200])
+def test_confusion_names_an_unknown_label(wrong):
+    labels = torch.tensor([[[0, wrong, 255]]])
+    with pytest.raises(InputError, match=f"id {wrong}.*{N} classes"):
+        confusion(torch.zeros(1, 1, 3, dtype=torch.int64), labels, N)
+
+
+def test_iou_by_hand_with_absent_classes_and_scored_classes():
+    # class 0: 6 right, 2 taken for 1; class 1: 1 right, 1 taken for 0; class 2: only predicted; class 3: nowhere
+    matrix = torch.tensor([[6, 2, 0, 0], [1, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    result = EvalResult(matrix, torch.zeros(15, 3, dtype=torch.int64))
+    iou = result.iou.tolist()
+    assert iou[:3] == pytest.approx([6 / 9, 1 / 6, 0.0])
+    assert math.isnan(iou[3])
+    assert result.miou == pytest.approx((6 / 9 + 1 / 6 + 0) / 3)
+    assert result.accuracy == pytest.approx(7 / 12)
+    assert EvalResult(matrix, result.calibration, (0, 3)).miou == pytest.approx(6 / 9)
+    assert math.isnan(EvalResult(torch.zeros(4, 4, dtype=torch.int64), result.calibration).miou)
+
+
+@pytest.mark.parametrize(
+    "length,window,stride", [(1024, 512, 256), (33, 16, 7), (16, 16, 5), (10, 16, 5), (17, 16, 16), (1, 1, 1)]
+)
+def test_windows_cover_every_pixel_and_stay_inside(length, window, stride):
+    starts = evaluate.window_starts(length, window, stride)
+    seen = {p for s in starts for p in range(s, min(s + window, length))}
+    assert seen == set(range(length))
+    assert all(0 <= s <= max(0, length - window) for s in starts)
+    assert len(starts) == len(set(starts)) == max(0, -(-(length - window) // stride)) + 1
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (9, 40), (5, 3)])
+def test_slide_equals_whole_for_a_model_without_context(size, average):
+    coding, model = ecoc(), pixel_model(K)
+    image = torch.rand(2, 3, *size)
+    whole = predict_scores(model, coding, image, EvalSpec(average=average))
+    slide = predict_scores(model, coding, image, EvalSpec(mode="slide", crop=(8, 12), stride=(5, 7), average=average))
+    assert whole.shape == (2, N, *size)
+    torch.testing.assert_close(slide, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_slide_averages_overlaps_with_their_counts():
+    """A model that answers with its window's mean sees each window apart, so every overlap is checked."""
+
+    class WindowMean(nn.Module):
+        def forward(self, image):
+            mean = image.mean(dim=(1, 2, 3), keepdim=True).expand(-1, N, *image.shape[-2:])
+            return mean * torch.arange(1.0, N + 1).view(-1, 1, 1)
+
+    image = torch.rand(1, 3, 11, 14)
+    total, count = torch.zeros(1, N, 11, 14), torch.zeros(11, 14)
+    for top in (0, 4, 5):
+        for left in (0, 5, 8):
+            part = slice(top, top + 6), slice(left, left + 6)
+            total[0, :, part[0], part[1]] += WindowMean()(image[..., part[0], part[1]])[0]
+            count[part] += 1
+    expected = (total / count).softmax(dim=1)
+    spec = EvalSpec(mode="slide", crop=(6, 6), stride=(4, 5))
+    got = predict(WindowMean(), OneHotCoding(N), image, spec)
+    torch.testing.assert_close(got.probabilities, expected)
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "slide", "crop": (12, 12), "stride": (12, 12)}])
+def test_flip_makes_predictions_mirror_symmetric(mode):
+    coding, model = ecoc(), context_model(K)
+    image = torch.rand(1, 3, 20, 24)
+    plain = EvalSpec(scales=(0.5, 1.0, 1.5), **mode)
+    both = EvalSpec(scales=(0.5, 1.0, 1.5), flip=True, **mode)
+
+    def asymmetry(spec: EvalSpec) -> float:
+        mirrored = predict_scores(model, coding, image.flip(-1), spec).flip(-1)
+        return float((predict_scores(model, coding, image, spec) - mirrored).abs().max())
+
+    assert asymmetry(both) < 1e-5 < 1e-3 < asymmetry(plain)
+
+
+def test_scales_are_the_mean_of_single_scale_maps():
+    coding, model = ecoc(), context_model(K)
+    image = torch.rand(1, 3, 20, 24)
+    singles = [predict(model, coding, image, EvalSpec(scales=(s,), average="probabilities")) for s in (0.5, 1.25)]
+    several = predict(model, coding, image, EvalSpec(scales=(0.5, 1.25), average="probabilities"))
+    mean = (singles[0].probabilities + singles[1].probabilities) / 2
+    torch.testing.assert_close(several.probabilities, mean)
+    # scores are linear in the probabilities, so averaging scores is the same
+    torch.testing.assert_close(several.scores, (singles[0].scores + singles[1].scores) / 2)
+
+
+@pytest.mark.parametrize("coding,outputs", [(ecoc(), K), (OneHotCoding(N), N)])
+def test_logits_and_probabilities_average_differently_and_as_said(coding, outputs):
+    model = context_model(outputs)
+    image = torch.rand(1, 3, 16, 16) * 20
+    views = [model(image), model(image.flip(-1)).flip(-1)]
+    views = [nn.functional.interpolate(v, size=(16, 16), mode="bilinear", align_corners=False) for v in views]
+    by_logits = predict(model, coding, image, EvalSpec(flip=True))
+    by_probabilities = predict(model, coding, image, EvalSpec(flip=True, average="probabilities"))
+    mean = (coding.probabilities(views[0]) + coding.probabilities(views[1])) / 2
+    torch.testing.assert_close(by_logits.probabilities, coding.probabilities((views[0] + views[1]) / 2))
+    torch.testing.assert_close(by_logits.scores, coding.scores((views[0] + views[1]) / 2))
+    torch.testing.assert_close(by_probabilities.probabilities, mean)
+    torch.testing.assert_close(by_probabilities.scores, coding.scores_from_probabilities(mean))
+    assert not torch.allclose(by_logits.probabilities, mean, atol=1e-3)
+
+
+def test_resize_changes_the_test_size_and_scores_come_back_at_the_labels_size():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, image):
+            seen.append(tuple(image.shape[-2:]))
+            return pixel_model(N)(image)
+
+    spec = EvalSpec(resize=(12, 20), scales=(0.5, 1.0))
+    scores = predict_scores(Spy(), OneHotCoding(N), torch.rand(1, 3, 24, 40), spec, size=(48, 81))
+    assert seen == [(6, 10), (12, 20)]
+    assert scores.shape == (1, N, 48, 81)
+
+
+def slow_ece(confidence: list[float], right: list[bool]) -> float:
+    total = 0.0
+    for b in range(15):
+        inside = [i for i, c in enumerate(confidence) if b / 15 < c <= (b + 1) / 15]
+        if inside:
+            hit = sum(right[i] for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(hit - sum(confidence[i] for i in inside) / len(inside))
+    return total
+
+
+def test_bit_calibration_error_by_hand(monkeypatch):
+    coding = ecoc()
+    matrix = coding.codebook.matrix
+    z = torch.randn(2, K, 6, 5, generator=torch.Generator().manual_seed(1)) * 2
+    labels = torch.randint(0, N, (2, 6, 5), generator=torch.Generator().manual_seed(2))
+    labels[0, :3] = 255
+    confidence, right = [], []
+    for b in range(2):
+        for h in range(6):
+            for w in range(5):
+                if labels[b, h, w] == 255:
+                    continue
+                for k in range(K):
+                    p = 1 / (1 + math.exp(-float(z[b, k, h, w])))
+                    confidence.append(max(p, 1 - p))
+                    right.append((float(z[b, k, h, w]) >= 0) == bool(matrix[int(labels[b, h, w]), k]))
+    counts = calibration_counts(coding.probabilities(z), labels, coding)
+    assert counts.dtype == torch.int64
+    assert int(counts[:, 0].sum()) == len(confidence)
+    result = EvalResult(torch.zeros(N, N, dtype=torch.int64), counts)
+    assert result.ece == pytest.approx(slow_ece(confidence, right), abs=1e-5)
+    monkeypatch.setattr(evaluate, "_CALIBRATION_CHUNK", 100)  # bits in several chunks
+    assert torch.equal(calibration_counts(coding.probabilities(z), labels, coding), counts)
+
+
+def test_class_calibration_error_by_hand():
+    # two pixels at confidence 0.8 (one right), one at 0.55 (wrong), one ignored
+    p = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.45, 0.55], [0.0, 1.0]]).T.reshape(1, 2, 1, 4)
+    labels = torch.tensor([[[0, 1, 0, 255]]])
+    counts = calibration_counts(p, labels, OneHotCoding(2))
+    result = EvalResult(torch.zeros(2, 2, dtype=torch.int64), counts)
+    assert result.ece == pytest.approx(2 / 3 * abs(0.5 - 0.8) + 1 / 3 * 0.55, abs=1e-6)
+
+
+def test_certain_and_right_is_calibrated_certain_and_wrong_is_not():
+    coding = ecoc()
+    labels = torch.arange(N).view(1, 1, N)
+    right = coding.encode(labels).dense_bits(K).float()
+    empty = torch.zeros(N, N, dtype=torch.int64)
+    assert EvalResult(empty, calibration_counts(right, labels, coding)).ece == 0.0
+    assert EvalResult(empty, calibration_counts(1 - right, labels, coding)).ece == 1.0
+
+
+@pytest.mark.parametrize("coding,outputs", [(ecoc(), K), (OneHotCoding(N), N)])
+def test_split_over_workers_sums_to_exactly_the_same(coding, outputs):
+    samples = make_samples([(9, 12), (8, 8), (15, 7), (9, 12), (4, 6)])
+    models = {"student": context_model(outputs), "teacher": context_model(outputs, seed=1)}
+    spec = EvalSpec(mode="slide", crop=(8, 8), stride=(4, 4), scored_classes=(0, 2))
+    alone = run(models, coding, samples, spec)
+    packed: list[Tensor] = []
+
+    def keep(counts: Tensor) -> Tensor:
+        assert counts.dtype == torch.int64
+        packed.append(counts)
+        return counts
+
+    for rank in range(3):
+        run(models, coding, samples[rank::3], spec, reduce=keep)
+    assert len(packed) == 3  # one call per worker, whatever the number of models
+    together = run(models, coding, [], spec, reduce=lambda zero: zero + sum(packed))
+    for name in models:
+        assert torch.equal(together[name].confusion, alone[name].confusion)
+        assert torch.equal(together[name].calibration, alone[name].calibration)
+        assert together[name].miou == alone[name].miou
+        assert together[name].scored_classes == (0, 2)
+    assert int(alone["student"].confusion.sum()) == sum(int((labels != 255).sum()) for _, labels in samples)
+    assert not torch.equal(alone["student"].confusion, alone["teacher"].confusion)
+
+
+def test_a_perfect_model_scores_one_and_gets_its_modes_back():
+    coding = OneHotCoding(N)
+
+    class Oracle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.free = nn.BatchNorm2d(3), nn.Dropout(0.9)
+
+        def forward(self, image):
+            assert not self.training
+            return nn.functional.one_hot((image[:, 0] * 255).round().long(), N).permute(0, 3, 1, 2).float() * 9
+
+    model = Oracle().train()
+    model.frozen.eval()
+    samples = [(labels.clamp(max=N - 1).expand(3, -1, -1), labels) for _, labels in make_samples([(6, 7), (5, 5)])]
+    result = run({"student": model}, coding, samples)["student"]
+    assert result.miou == result.accuracy == 1.0
+    assert model.training and model.free.training and not model.frozen.training
+
+
+def test_decoding_stays_in_float32_under_autocast():
+    coding, model = ecoc(), pixel_model(K)
+    image = torch.rand(1, 3, 8, 8)
+    low = predict(model, coding, image, EvalSpec(), autocast=torch.bfloat16)
+    assert low.scores.dtype == low.probabilities.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(image).float()
+    torch.testing.assert_close(low.scores, coding.scores(logits))
+
+
+def test_result_survives_json_and_the_table_shows_the_change():
+    samples = make_samples([(9, 12)])
+    models = {"before": pixel_model(K), "after": pixel_model(K, seed=1)}
+    results = run(models, ecoc(), samples, EvalSpec(scored_classes=(0, 1, 2)))
+    back = EvalResult.from_dict(json.loads(json.dumps(results["before"].to_dict(), allow_nan=False)))
+    assert torch.equal(back.confusion, results["before"].confusion)
+    assert (back.miou, back.ece, back.scored_classes) == (results["before"].miou, results["before"].ece, (0, 1, 2))
+    names = ["road", "sidewalk", "sky", "traffic light", "person"]
+    lines = evaluate.table(results, names).splitlines()
+    assert lines[0].split() == ["IoU,", "%", "before", "after", "change"]
+    assert any(line.startswith("(traffic light)") for line in lines)
+    miou = next(line.split() for line in lines if line.startswith("mIoU"))
+    before, after = results["before"].miou * 100, results["after"].miou * 100
+    assert miou == ["mIoU", f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
+    assert len({len(line) for line in lines}) == 1
+    absent = EvalResult(torch.diag(torch.tensor([3, 0])), torch.zeros(15, 3, dtype=torch.int64))
+    json.dumps(absent.to_dict(), allow_nan=False)
+    assert evaluate.table({"x": absent}, ["a", "b"]).splitlines()[3].split() == ["b", "-"]
+
+
+@pytest.mark.parametrize(
+    "bad,words",
+    [
+        ({"mode": "tiles"}, "eval.mode 'tiles'"),
+        ({"mode": "slide"}, "needs eval.crop and eval.stride"),
+        ({"mode": "slide", "crop": (4, 4), "stride": (8, 8)}, "eval.stride .* exceeds eval.crop"),
+        ({"scales": ()}, "eval.scales"),
+        ({"average": "votes"}, "eval.average 'votes'"),
+        ({"resize": (0, 5)}, "eval.resize"),
+    ],
+)
+def test_a_bad_spec_names_the_key(bad, words):
+    with pytest.raises(InputError, match=words):
+        EvalSpec(**bad)
+
+
+def test_normalize_takes_bytes_and_floats_and_goes_back():
+    normalize = Normalize()
+    image = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    by_hand = (image[1, 2, 3, 4].item() / 255 - 0.406) / 0.225
+    assert float(normalize(image)[1, 2, 3, 4]) == pytest.approx(by_hand, abs=1e-5)
+    torch.testing.assert_close(normalize(image), normalize(image.float() / 255))
+    assert torch.equal(normalize.inverse(normalize(image)), image)
+    assert torch.equal(normalize(image[0]), normalize(image)[0])
