@@ -113,11 +113,11 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def average_buffers(self) -> None:
-        """Give all workers the mean of their batch norm statistics, before these are evaluated or saved."""
+    def average_buffers(self, module: nn.Module) -> None:
+        """Give all workers the mean of a module's batch norm statistics, before these are evaluated or saved."""
         if self.world.size == 1:
             return
-        for buffer in self.model.buffers():
+        for buffer in module.buffers():
             if buffer.is_floating_point():
                 self.world.sum(buffer).div_(self.world.size)
 

@@ -1,0 +1,199 @@
+"""The command line that jobs/train_uda.py and its siblings share: read a recipe, check, train, sum up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ecocseg import checkpoint, launch, loop
+from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, validate
+from ecocseg.errors import InputError
+from ecocseg.evaluate import EvalResult, table
+from ecocseg.storage import join
+from ecocseg.tracking import ProgressDisplay
+
+SOURCE_ONLY: dict[str, dict[str, Any]] = {"method": {"kind": "supervised", "feature_distance": 0.0}}
+
+
+def main(description: str, default_recipe: str, argv: Sequence[str] | None = None) -> int:
+    args = parse(description, default_recipe, argv)
+    if args.list:
+        print(list_recipes())
+        return 0
+    config = load(args.recipe, args.config, args.overrides)
+    if args.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    if args.dry_run:
+        print(dry_run(config))
+        return 0
+    display = ProgressDisplay()
+    try:
+        if args.seeds or args.variants:
+            return run_many(config, args, display)
+        return run_one(config, args.resume, display)
+    except launch.RunFailed as failure:
+        display.close()
+        print(f"failed: {failure}", file=sys.stderr)
+        return 1
+    finally:
+        display.close()
+
+
+def parse(description: str, default_recipe: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--recipe", default=default_recipe, help=f"recipe by name (default {default_recipe})")
+    which.add_argument("--config", metavar="FILE", help="recipe from a YAML file; may name a `base:`")
+    parser.add_argument("--list", action="store_true", help="show the recipes and exit")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without training")
+    parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
+                        help="go on from the newest checkpoint; `auto` starts anew when there is none")
+    parser.add_argument("--seeds", metavar="0,1,2", help="run once for each seed and sum up")
+    parser.add_argument("--variants", metavar="FILE", help="YAML of named overrides; each is run and compared")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    args = parser.parse_intermixed_args(argv)
+    return args
+
+
+def list_recipes() -> str:
+    rows = [(name, load(name)) for name in recipe_names()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {c.method.kind:<14} {c.model.encoder} + {c.model.head}, {c.train.steps} steps"
+                     f"{'; published ' + c.published if c.published else ''}\n{' ' * width}  {c.description}"
+                     for name, c in rows)
+
+
+def dry_run(config: RunConfig) -> str:
+    """Check config, data, storage, resources and model shapes; returns what was found."""
+    import torch
+
+    config, run_url = launch.choose_run(config, "auto" if config.run.name else None)
+    launch.preflight(config, run_url)
+    resources = launch.plan_resources(config, *launch.cluster_size())
+    manifests = loop.load_manifests(config)
+    classes = manifests["labeled"].classes
+    book = checkpoint.build_codebook(config.coding, classes)
+    coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
+    model = checkpoint.build_model(config.model, coding.num_outputs).eval()
+    with torch.no_grad():
+        logits = model(torch.zeros(1, 3, *config.data.crop))
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [f"recipe      {config.recipe}: {config.description}", f"run folder  {run_url} (writable)"]
+    lines += [f"data        {name}: {m.num_rows} images, {m.num_labeled} with masks, {len(m.files)} shard(s), {m.url}"
+              for name, m in manifests.items()]
+    lines += [f"classes     {classes.num_classes}: {', '.join(classes.names)}",
+              f"coding      {coding.describe()}",
+              f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters, crop "
+              f"{tuple(config.data.crop)} -> logits {tuple(logits.shape)}",
+              f"resources   {resources.describe()}; {loop.micro_batches(config, resources.workers)} micro-batch(es)",
+              "all checks passed; nothing was trained"]
+    return "\n".join(lines)
+
+
+def run_one(config: RunConfig, resume: str | None, display: ProgressDisplay) -> int:
+    """Train one configuration; with `train.compare_with_source_only` the source-only baseline first."""
+    config, run_url = launch.choose_run(config, resume)
+    before = None
+    if config.train.compare_with_source_only and config.needs_unlabeled:
+        before = finished_or_train(source_only(config), display)
+    result = launch.train(config, "auto" if resume else None, display)
+    display.close()
+    print_results(before, result, display)
+    written = [run_url] + ([before.run_url] if before else [])
+    for url in written:
+        print(f"written: {url}  (config.yaml, checkpoints/, metrics.jsonl, tensorboard/, panels/, result.json)")
+    return 0
+
+
+def source_only(config: RunConfig) -> RunConfig:
+    """The same recipe on labelled images alone, in a run folder beside it."""
+    plain = config.updated(**SOURCE_ONLY)
+    return plain.updated(run={"name": f"{config.run.name}-source-only"}, train={"compare_with_source_only": False})
+
+
+def finished_or_train(config: RunConfig, display: ProgressDisplay) -> launch.RunResult:
+    """The result of a run that is there already, else train it, going on from what it has."""
+    storage = checkpoint.build_storage(config)
+    _, run_url = launch.choose_run(config, "auto")
+    if storage.exists(join(run_url, "result.json")):
+        final = json.loads(storage.read_bytes(join(run_url, "result.json")))
+        return launch.RunResult(run_url, final["step"], final["results"], final["classes"], final)
+    display.update({"phase": config.run.name or config.recipe, "loss/mixed": None, "confident_share": None})
+    return launch.train(config, "auto", display)
+
+
+def print_results(before: launch.RunResult | None, after: launch.RunResult, display: ProgressDisplay) -> None:
+    """A table per evaluation set: per-class IoU before and after adaptation, or of student and teacher."""
+    for name, by_model in after.results.items():
+        columns: dict[str, EvalResult] = {}
+        if before is not None:
+            columns["source only"] = EvalResult.from_dict(before.results[name]["student"])
+        for which in ("teacher", "student"):
+            if which in by_model:
+                columns["adapted" if before is not None and which == "student" else which] = EvalResult.from_dict(by_model[which])
+        display.print_table(table(columns, after.classes, difference=before is not None), f"evaluation on '{name}'")
+
+
+def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDisplay) -> int:
+    """Run every variant with every seed, skipping those whose result is there, and print mean and deviation."""
+    seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else [config.train.seed]
+    variants = read_variants(args.variants) if args.variants else {config.recipe: {}}
+    base = config.run.name or config.recipe
+    scores: dict[str, dict[str, list[float]]] = {}
+    for seed in seeds:
+        for name, overrides in variants.items():
+            plain = config.model_dump(mode="json")
+            for key, value in overrides.items():
+                section, _, leaf = key.partition(".")
+                node = plain[section]
+                *middle, leaf = leaf.split(".")
+                for part in middle:
+                    node = node[part]
+                node[leaf] = value
+            one = validate(plain).updated(train={"seed": seed, "compare_with_source_only": False},
+                                          run={"name": f"{base}/{name}-seed{seed}"})
+            result = finished_or_train(one, display)
+            for eval_name, by_model in result.results.items():
+                for which, found in by_model.items():
+                    scores.setdefault(name, {}).setdefault(f"{eval_name} {which}", []).append(100 * found["miou"])
+    display.close()
+    print(summary(scores, seeds))
+    return 0
+
+
+def read_variants(path: str) -> dict[str, dict[str, Any]]:
+    try:
+        variants = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--variants: cannot read {path}: {error}") from None
+    if not isinstance(variants, dict) or not all(isinstance(v, dict | None) for v in variants.values()):
+        raise InputError(f"--variants: {path} must map names to dotted overrides; see {RECIPES.parent.parent / 'jobs'}")
+    return {str(name): value or {} for name, value in variants.items()}
+
+
+def summary(scores: dict[str, dict[str, list[float]]], seeds: list[int]) -> str:
+    """Markdown table of mIoU: every seed, mean and sample deviation."""
+    columns = list(dict.fromkeys(column for by in scores.values() for column in by))
+    lines = ["| mIoU, % | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, by in scores.items():
+        cells = []
+        for column in columns:
+            values = by.get(column)
+            if not values:
+                cells.append("")
+                continue
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            each = f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}{each}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return f"seeds {', '.join(map(str, seeds))}; last checkpoint\n\n" + "\n".join(lines)

@@ -1,0 +1,402 @@
+"""The training loop of one worker: order the parts, count, log, evaluate, save. It knows no method, coding or model.
+
+Randomness is a pure function of (seed, step, worker or sample position): nothing random has a state to be saved, and
+`N steps` equals `k steps, kill, resume, N - k steps`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecocseg import checkpoint
+from ecocseg.config import RunConfig
+from ecocseg.data.order import RareClass
+from ecocseg.data.pipeline import Batch, Stream
+from ecocseg.data.shards import Manifest, iter_rows, read_manifest
+from ecocseg.data.transforms import WeakTransform, decode_image, decode_mask
+from ecocseg.engine import World, build_engine, schedule
+from ecocseg.errors import InputError
+from ecocseg.evaluate import EvalResult, Normalize, evaluate
+from ecocseg.methods import METHODS, StepInput
+from ecocseg.methods.base import random_generator
+from ecocseg.models.segmenter import parameter_groups
+from ecocseg.panels import training_picture
+from ecocseg.teacher import Teacher
+from ecocseg.tracking import Tracker
+
+Report = Callable[[dict[str, Any]], bool]
+"""Sends a message to whoever watches the run; true when the run is asked to stop."""
+
+
+TrackerFactory = Callable[[int, Callable[[dict[str, Any]], None]], Tracker]
+"""Makes a tracker that goes on after a step and hands its records to a function."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def run_worker(config: RunConfig, run_url: str, world: World, report: Report,
+               tracker: TrackerFactory | None = None) -> dict[str, Any]:
+    """Train from the newest checkpoint of the run, if it has one, to the last step; returns the final results.
+
+    Raises:
+        InputError: when data, codebook or checkpoint do not fit together.
+        FloatingPointError: when the loss is no longer finite.
+    """
+    session = Session(config, run_url, world, report)
+    try:
+        session.start(tracker)
+        return session.train()
+    finally:
+        session.close()
+
+
+class Session:
+    """One worker's share of a run: everything the loop orders, built from the configuration."""
+
+    def __init__(self, config: RunConfig, run_url: str, world: World, report: Report) -> None:
+        self.config, self.run_url, self.world, self.report = config, run_url, world, report
+        self.storage = checkpoint.build_storage(config)
+        self.checkpoints = checkpoint.Checkpoints(run_url, self.storage)
+        self.streams: dict[str, Stream] = {}
+        self.tracker: Tracker | None = None
+        self.best: dict[str, Any] = {"score": -1.0, "step": -1, "url": None}
+        self.step, self.stop_asked = 0, False
+        self.history: deque[dict[str, Tensor]] = deque()
+        self._build()
+
+    def _build(self) -> None:
+        config, world = self.config, self.world
+        torch.manual_seed(config.train.seed)
+        self.manifests = load_manifests(config)
+        self.classes = self.manifests["labeled"].classes
+        self.book = checkpoint.build_codebook(config.coding, self.classes)
+        self.coding = checkpoint.build_coding(config.coding, self.book, self.classes.num_classes)
+        self.normalize = Normalize(config.data.mean, config.data.std)
+        self.spec = checkpoint.build_spec(config)
+        model: nn.Module = checkpoint.build_model(config.model, self.coding.num_outputs).to(world.device)
+        if config.engine.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.engine.sync_batch_norm and world.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model: Any = model
+        pretrained = None
+        if config.method.feature_distance > 0:
+            frozen = checkpoint.build_model(config.model, self.coding.num_outputs).to(world.device).eval().requires_grad_(False)
+            pretrained = lambda image: frozen.encode(image)[-1]  # noqa: E731
+        kind = METHODS[config.method.kind]
+        self.method = kind(config.method, self.coding, self.normalize, pretrained)
+        self.teacher = Teacher(model, config.method.ema_decay) if kind.needs_teacher else None
+        self.micro_batches = micro_batches(config, world.size)
+        optim = config.optim
+        groups = parameter_groups(self.model, optim.lr, optim.decoder_lr_factor, optim.weight_decay, optim.no_decay)
+        if config.engine.compile:
+            model.compile()
+            if self.teacher is not None:
+                self.teacher.module.compile()
+        self.engine = build_engine(model, groups, optim, config.engine, world,
+                                   config.train.labeled_batch // (world.size * self.micro_batches))
+
+    def start(self, tracker: TrackerFactory | None) -> None:
+        """Go on from the newest whole checkpoint, if there is one, and open the streams at its step."""
+        found = self.checkpoints.newest()
+        if found is not None:
+            self._restore(*found)
+        elif self.world.rank == 0:
+            self._say(f"training from step 0: {self.model_line()}; {self.batch_line()}")
+        if self.world.rank == 0 and tracker is not None:
+            self.tracker = tracker(self.step + 1, self._progress)
+        for name in ("labeled", "unlabeled") if self.method.needs_unlabeled else ("labeled",):
+            self.streams[name] = open_stream(self.config, name, self.manifests[name], self.world, self.step,
+                                             self.micro_batches)
+
+    def _restore(self, snapshot: checkpoint.Snapshot, passed_over: list[str]) -> None:
+        where = f"checkpoint of step {snapshot.step}"
+        checkpoint.check_same_task(snapshot.meta, self.book, self.classes, where)
+        if snapshot.meta["config"]["model"] != self.config.model_dump(mode="json")["model"]:
+            raise InputError(f"{where} holds another model; keep model.* as it was, or start a new run")
+        self.model.load_state_dict(snapshot.student)
+        self.engine.load_optimizer_state(snapshot.optimizer)
+        if self.teacher is not None and snapshot.teacher is not None:
+            self.teacher.module.load_state_dict(snapshot.teacher)
+            self.teacher.updates = snapshot.meta["teacher_updates"]
+        self.step, self.best = snapshot.step, snapshot.meta["best"]
+        if self.world.rank == 0:
+            for message in passed_over:
+                self._say(f"passed over: {message}")
+            self._say(f"going on from step {self.step} on {self.world.size} worker(s)")
+
+    def train(self) -> dict[str, Any]:
+        config = self.config.train
+        results: dict[str, dict[str, EvalResult]] = {}
+        batches = {name: iter(stream) for name, stream in self.streams.items()}
+        clock = Clock(self.streams)
+        while self.step < config.steps:
+            self._train_step(batches)
+            self.step += 1
+            last = self.step == config.steps
+            if self.step % config.log_every == 0 or last:
+                stop = self._log(clock)
+            else:
+                stop = False
+            evaluated = last or (config.eval_every > 0 and self.step % config.eval_every == 0)
+            if evaluated and self.config.data.eval:
+                results = self._evaluate()
+                clock.skip()
+            if last or stop or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
+                self._save(results if evaluated else {})
+                clock.skip()
+            if stop and not last:
+                raise Stopped(f"stopped at step {self.step}; saved, go on with --resume")
+        if not results and self.config.data.eval:  # resumed after its last step
+            results = self._evaluate()
+        return self._final(results)
+
+    def _train_step(self, batches: dict[str, Iterator[list[Batch]]]) -> None:
+        """One optimiser step over this worker's slice of the global batch."""
+        step, seed = self.step, self.config.train.seed
+        torch.manual_seed(random_generator(seed, step, self.world.rank, 7).initial_seed())  # dropout, stochastic depth
+        if self.teacher is not None and step > 0:
+            self.teacher.update(self.model)
+        labeled = [batch.to(self.world.device) for batch in next(batches["labeled"])]
+        unlabeled = ([batch.to(self.world.device) for batch in next(batches["unlabeled"])]
+                     if "unlabeled" in batches else [None] * len(labeled))
+        divisor = self._divisor(labeled)
+        self.engine.set_lr(schedule(self.config.optim, self.config.train.steps, step))
+        draw = self.config.train.panels_every > 0 and (step + 1) % self.config.train.panels_every == 0
+        for number, (one, other) in enumerate(zip(labeled, unlabeled, strict=True)):
+            given = StepInput(step, seed, one, other, self.engine, self.teacher, self.engine.autocast, divisor,
+                              pictures={} if draw and number == 0 and self.world.rank == 0 else None)
+            parts = self.method.parts(given)
+            for index, part in enumerate(parts):
+                last = number == len(labeled) - 1 and index == len(parts) - 1
+                self.engine.run_part(part, 1 / len(labeled), last)
+            self.history.append(given.metrics)
+            if given.pictures and self.tracker is not None:
+                self.tracker.image(step + 1, "training", training_picture(given.pictures, self.coding, self.classes))
+        norm = self.engine.step()
+        self.history[-1]["gradient_norm"] = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32)
+
+    def _divisor(self, labeled: list[Batch]) -> Tensor | None:
+        """Labelled pixels of the whole global batch over the number of averaged losses, so that the number of workers
+        and of micro-batches does not change the loss."""
+        if self.config.method.average == "all":
+            return None
+        count = torch.stack([(batch.labels != 255).sum() for batch in labeled]).sum().float()
+        return self.world.sum(count).clamp_min(1) / (self.world.size * len(labeled))
+
+    def _log(self, clock: Clock) -> bool:
+        """Reduce the metrics of the interval over workers; the only host sync of the interval. True = stop asked for."""
+        names = sorted({name for metrics in self.history for name in metrics})
+        means = torch.stack([torch.stack([m[name].float() for m in self.history if name in m]).mean() for name in names])
+        means = self.world.sum(means) / self.world.size
+        scalars = dict(zip(names, means.tolist(), strict=True))  # .tolist() is the sync point
+        self.history.clear()
+        loss = sum(value for name, value in scalars.items() if name in ("loss/labeled", "loss/mixed"))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower optim.lr or set optim.gradient_clipping; "
+                                     "the last checkpoint is from before")
+        scalars.update(clock.read(self.step), lr=self.config.optim.lr * schedule(
+            self.config.optim, self.config.train.steps, self.step - 1))
+        stop = self._record(scalars) if self.world.rank == 0 else False
+        return bool(self.world.sum(torch.tensor(float(stop), device=self.world.device)).item() > 0)
+
+    def _record(self, scalars: dict[str, float]) -> bool:
+        """Write scalars to the run's files and tell the watcher; true when the run is asked to stop."""
+        if self.tracker is None:
+            return self.report({"kind": "progress", "step": self.step, "total": self.config.train.steps, **scalars})
+        self.tracker.log(self.step, scalars)
+        return self.stop_asked
+
+    def _progress(self, record: dict[str, Any]) -> None:
+        self.stop_asked = self.report({"kind": "progress", **record})
+
+    def _averaged_models(self) -> dict[str, nn.Module]:
+        models = {"student": self.model} | ({"teacher": self.teacher.module} if self.teacher is not None else {})
+        for model in models.values():
+            self.engine.average_buffers(model)
+        return models
+
+    def _evaluate(self) -> dict[str, dict[str, EvalResult]]:
+        """Student and teacher on every evaluation set; each worker takes its own rows, counts are summed."""
+        models = self._averaged_models()
+        results = {}
+        for name in self.config.data.eval:
+            results[name] = evaluate(
+                models, self.coding, eval_samples(self.manifests[f"eval/{name}"], self.world, self.storage), self.spec,
+                normalize=self.normalize, device=self.world.device, reduce=self.world.sum,
+                autocast=self.engine.autocast_dtype)
+        if self.world.rank == 0:
+            self._record({f"{name}/{which}/{key}": getattr(result, key) for name, by_model in results.items()
+                          for which, result in by_model.items() for key in ("miou", "accuracy", "ece")})
+        return results
+
+    def _score(self, results: dict[str, dict[str, EvalResult]]) -> float:
+        return next(iter(results.values()))["student"].miou if results else -1.0
+
+    def _save(self, results: dict[str, dict[str, EvalResult]]) -> None:
+        self._averaged_models()
+        optimizer = self.engine.optimizer_state()
+        if self.world.rank > 0:
+            return
+        score = self._score(results)
+        best = score > self.best["score"]
+        if best:
+            self.best = {"score": score, "step": self.step, "url": None}
+        meta = {"teacher_updates": self.teacher.updates if self.teacher else 0, "best": self.best,
+                "config": self.config.model_dump(mode="json"), "workers": self.world.size,
+                "rows_consumed": {name: self.step * batch_size(self.config, name) for name in self.streams},
+                "manifests": {name: manifest.hash for name, manifest in self.manifests.items()},
+                "versions": checkpoint.versions(), **checkpoint.describe_task(self.book, self.classes)}
+        teacher = checkpoint.cpu_state(self.teacher.module) if self.teacher is not None else None
+        url = self.checkpoints.save(checkpoint.Snapshot(
+            self.step, checkpoint.cpu_state(self.model), teacher, optimizer, meta))
+        best_url = url if best else self._best_url()
+        self.checkpoints.prune(self.config.train.keep_checkpoints, best_url)
+        self._mirror()
+        self.report({"kind": "checkpoint", "step": self.step, "url": url})
+
+    def _mirror(self) -> None:
+        """Copy curves and pictures to the run's folder when that is a bucket."""
+        if self.tracker is not None and "://" in self.run_url:
+            self.storage.upload_dir(str(self.tracker.directory), self.run_url)
+
+    def _best_url(self) -> str | None:
+        return next((url for url in self.checkpoints.complete() if url.endswith(f"{self.best['step']:08d}")), None)
+
+    def _final(self, results: dict[str, dict[str, EvalResult]]) -> dict[str, Any]:
+        plain = {name: {which: result.to_dict() for which, result in by_model.items()} for name, by_model in results.items()}
+        return {"step": self.step, "results": plain, "best": self.best, "classes": list(self.classes.names),
+                "codebook": self.book.describe() if self.book else "one-hot", "model": self.model_line()}
+
+    def model_line(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return f"{self.config.model.encoder} + {self.config.model.head}, {size:.2f} M parameters, {self.coding.num_outputs} outputs"
+
+    def batch_line(self) -> str:
+        train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.method.needs_unlabeled else ""
+        return (f"{train.labeled_batch}{unlabeled} images a step over {self.world.size} worker(s), "
+                f"{self.micro_batches} micro-batch(es) each")
+
+    def _say(self, text: str) -> None:
+        self.report({"kind": "message", "text": text})
+
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+class Clock:
+    """Steps a second and the share of time spent waiting for data, over one log interval."""
+
+    def __init__(self, streams: dict[str, Stream]) -> None:
+        self.streams, self.paused = streams, 0.0
+        self.mark: tuple[float, float, int] | None = None
+        self.started = time.perf_counter()
+        self.last = self.started
+
+    def read(self, step: int) -> dict[str, float]:
+        now, waited = time.perf_counter(), sum(stream.wait_seconds for stream in self.streams.values())
+        values = {"time/seconds": now - self.started}
+        if self.mark is not None:
+            then, waited_then, step_then = self.mark
+            elapsed = max(now - then - self.paused, 1e-9)
+            values |= {"time/steps_per_second": (step - step_then) / elapsed,
+                       "time/data_wait_share": min((waited - waited_then) / elapsed, 1.0)}
+        self.mark, self.paused, self.last = (now, waited, step), 0.0, now
+        return values
+
+    def skip(self) -> None:
+        """Leave the time since the last call out of the rate: it went into evaluation or saving."""
+        now = time.perf_counter()
+        self.paused += now - self.last
+        self.last = now
+
+
+def batch_size(config: RunConfig, stream: str) -> int:
+    return config.train.labeled_batch if stream == "labeled" else config.train.unlabeled_batch
+
+
+def micro_batches(config: RunConfig, workers: int) -> int:
+    """Number of micro-batches each worker accumulates over: the least that respects `train.micro_batch`.
+
+    Raises:
+        InputError: when the workers cannot share the global batches, with the numbers that would do.
+    """
+    sizes = {"train.labeled_batch": config.train.labeled_batch}
+    if config.needs_unlabeled:
+        sizes["train.unlabeled_batch"] = config.train.unlabeled_batch
+    for key, size in sizes.items():
+        if size % workers:
+            fits = [w for w in range(1, size + 1) if all(s % w == 0 for s in sizes.values())]
+            raise InputError(f"{key}: {size} images cannot be shared by {workers} workers; use launch.workers of "
+                             f"{', '.join(map(str, fits))}, or a multiple of {workers} images")
+    share = math.gcd(*(size // workers for size in sizes.values()))
+    most = config.train.micro_batch or max(sizes.values())
+    for number in range(1, share + 1):
+        if share % number == 0 and config.train.labeled_batch // workers // number <= most:
+            return number
+    raise InputError(f"train.micro_batch: {most} cannot be reached: {sizes} over {workers} workers share no such division; "
+                     "make the batch sizes multiples of each other")
+
+
+def load_manifests(config: RunConfig) -> dict[str, Manifest]:
+    """All manifests of a run by stream name, with one class list.
+
+    Raises:
+        InputError: when one is missing or damaged, or their classes differ.
+    """
+    storage = checkpoint.build_storage(config)
+    urls = {"data.labeled": ("labeled", config.data.labeled)}
+    if config.needs_unlabeled:
+        urls["data.unlabeled"] = ("unlabeled", config.data.unlabeled)
+    urls |= {f"data.eval.{name}": (f"eval/{name}", url) for name, url in config.data.eval.items()}
+    manifests: dict[str, Manifest] = {}
+    for key, (name, url) in urls.items():
+        try:
+            manifests[name] = read_manifest(str(url), storage)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+        if name != "unlabeled" and manifests[name].num_labeled < manifests[name].num_rows:
+            raise InputError(f"{key}: {manifests[name].num_rows - manifests[name].num_labeled} of {manifests[name].num_rows} "
+                             f"images in {url} have no mask; pack them with masks, or use them as data.unlabeled")
+        if name != "unlabeled" and manifests[name].classes.names != manifests["labeled"].classes.names:
+            raise InputError(f"{key}: {url} has the classes of '{manifests[name].classes.name}', data.labeled those of "
+                             f"'{manifests['labeled'].classes.name}'; pack both with one class list")
+    return manifests
+
+
+def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, start_step: int, micro: int) -> Stream:
+    data, labeled = config.data, name == "labeled"
+    rare = labeled and data.sampling == "rare_class"
+    transform = WeakTransform(
+        resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
+        max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0)
+    return Stream(
+        manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
+        sampling="rare_class" if rare else "uniform",
+        rare_class=RareClass(data.rare_temperature, data.rare_min_pixels) if rare else None, transform=transform,
+        rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
+        micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode_threads=data.decode_threads,
+        read_cpus=data.read_cpus, storage=checkpoint.build_storage(config),
+        columns=("image_id", "image", "mask") if labeled else ("image_id", "image"))
+
+
+def eval_samples(manifest: Manifest, world: World, storage: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(image uint8 [3, H, W], labels uint8 [H, W]) of this worker's rows: every row once over all workers."""
+    import numpy as np
+
+    for row in iter_rows(manifest, world.rank, world.size, ["image_id", "image", "mask"], storage):
+        image = np.asarray(decode_image(row["image"], row["image_id"]))
+        labels = np.asarray(decode_mask(row["mask"], row["image_id"]))
+        yield torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(labels.copy())

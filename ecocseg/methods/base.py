@@ -1,0 +1,58 @@
+"""What a method is given at each step, and what it gives back: parts, each a loss the engine runs backward at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ecocseg.config import MethodConfig
+from ecocseg.data.pipeline import Batch
+from ecocseg.evaluate import Normalize
+from ecocseg.teacher import Teacher
+
+Part = Callable[[], Tensor]
+
+
+@dataclass
+class StepInput:
+    """One micro-batch of one step on one worker. Metrics are 0-dim tensors and stay on the device."""
+
+    step: int
+    seed: int
+    labeled: Batch
+    unlabeled: Batch | None
+    student: Callable[..., Any]
+    """The engine: called like the model."""
+    teacher: Teacher | None
+    teacher_autocast: Callable[[], Any]
+    divisor: Tensor | None = None
+    """What the labelled loss is divided by when only valid pixels count, the same on every worker."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    pictures: dict[str, Any] | None = None
+    """A dict to put tensors for the picture panels into, on steps that draw them."""
+
+
+class Method:
+    """A method: which streams it reads, whether it has a teacher, and the parts of its step."""
+
+    needs_unlabeled = False
+    needs_teacher = False
+
+    def __init__(self, config: MethodConfig, coding: Any, normalize: Normalize,
+                 pretrained_encoder: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.config, self.coding, self.normalize, self.pretrained_encoder = config, coding, normalize, pretrained_encoder
+
+    def parts(self, given: StepInput) -> list[Part]:
+        """The losses of this step, in order. Each builds its own graph when called."""
+        raise NotImplementedError
+
+
+def random_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on these numbers alone, not on device, worker or history."""
+    seed = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(seed[0]) << 31 ^ int(seed[1]))

@@ -1,0 +1,124 @@
+"""Self-training for domain adaptation: DACS and DAFormer (METHOD 5).
+
+The teacher labels the unlabelled target images; half of the classes of each source image are pasted on them with their
+labels (ClassMix); the student learns the source images and the mixed ones.
+
+Shapes: B batch, N classes, K outputs, H W pixels, h w cells of the decoder or encoder.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecocseg.coding import Target
+from ecocseg.data import mixing
+from ecocseg.methods.base import Part, StepInput, random_generator
+from ecocseg.methods.supervised import Supervised
+
+MIX, COLOUR = 1, 2  # separate random streams of one step
+
+
+class SelfTraining(Supervised):
+    needs_unlabeled = True
+    needs_teacher = True
+
+    def parts(self, given: StepInput) -> list[Part]:
+        source = self.source_loss if self.config.feature_distance > 0 else self.labeled_loss
+        return [lambda: source(given), lambda: self.mixed_loss(given)]
+
+    def source_loss(self, given: StepInput) -> Tensor:
+        """Loss of the source images plus the thing-class feature distance. Shape: scalar."""
+        batch = given.labeled
+        assert batch.labels is not None and self.pretrained_encoder is not None
+        image = self.normalize(batch.image)
+        logits_BKhw, feature_BChw = given.student(image, return_features=True)
+        terms = self.coding.loss(logits_BKhw, self.coding.encode(batch.labels), average=self.config.average,
+                                 normalizer=given.divisor)
+        with torch.no_grad():
+            pretrained_BChw = self.pretrained_encoder(image)
+        distance = feature_distance(feature_BChw, pretrained_BChw, batch.labels, self.config.feature_distance_classes,
+                                    self.config.feature_distance_share)
+        given.metrics.update({"loss/labeled": terms["loss"].detach(), "loss/feature_distance": distance.detach()})
+        return terms["loss"] + self.config.feature_distance * distance
+
+    def mixed_loss(self, given: StepInput) -> Tensor:
+        """Loss of the target images with source classes pasted on. Shape: scalar."""
+        source, unlabeled = given.labeled, given.unlabeled
+        assert unlabeled is not None and source.labels is not None
+        pseudo = self.pseudo_label(given)
+        number = min(len(source.image), len(unlabeled.image))
+        generators = [random_generator(given.seed, given.step, MIX, int(p)) for p in source.positions[:number]]
+        labels_BHW = source.labels[:number]
+        mask_BHW = mixing.class_mix_mask(labels_BHW, generators)
+        if len(unlabeled.image) > number:  # images without a partner stay as they are
+            mask_BHW = F.pad(mask_BHW, (0, 0, 0, 0, 0, len(unlabeled.image) - number))
+        partner = torch.arange(len(unlabeled.image), device=mask_BHW.device) % len(source.image)
+        image_B3HW = torch.where(mask_BHW[:, None], source.image[partner], unlabeled.image)
+        mixed = mixing.mix(self.coding.encode(source.labels[partner]), pseudo, mask_BHW)
+        strong_B3HW = self.colour(image_B3HW.float() / 255, given)
+        logits_BKhw = given.student(self.normalize(strong_B3HW))
+        terms = self.coding.loss(logits_BKhw, mixed, average="all")
+        given.metrics["loss/mixed"] = terms["loss"].detach()
+        if given.pictures is not None:
+            given.pictures.update(unlabeled_image=unlabeled.image, pseudo=pseudo, mixed_image=strong_B3HW,
+                                  mixed_labels=mixed.labels, mixed_logits=logits_BKhw.detach())
+        return self.config.mixed_weight * terms["loss"]
+
+    @torch.no_grad()
+    def pseudo_label(self, given: StepInput) -> Target:
+        """The teacher's labels of the unlabelled images, weighted."""
+        batch = given.unlabeled
+        assert batch is not None and given.teacher is not None
+        with given.teacher_autocast():
+            logits_BKhw = given.teacher.module(self.normalize(batch.image))
+        target = self.coding.pseudo_label(logits_BKhw.float(), size=batch.image.shape[-2:])
+        target.labels.masked_fill_(~batch.valid, 255)
+        confident_BHW = target.confidence >= self.config.confidence_threshold
+        target.weight = self.pixel_weight(confident_BHW) * batch.valid
+        given.metrics.update({f"pseudo/{name}": value for name, value in target.metrics.items()})
+        given.metrics["pseudo/confident_share"] = confident_BHW.float().mean()
+        given.metrics["pseudo/weight"] = target.weight.mean()
+        given.metrics["pseudo/confidence"] = target.confidence.mean()
+        return target
+
+    def pixel_weight(self, confident_BHW: Tensor) -> Tensor:
+        """Weight of each pixel's pseudo-label: its image's share of confident pixels (paper), the whole worker's batch's
+        (released code), or its own; none in the rows a car's bonnet or a camera's edge takes. Shape: [B, H, W]."""
+        if self.config.weighting == "pixel":
+            weight_BHW = confident_BHW.float()
+        else:
+            over = (1, 2) if self.config.weighting == "image" else (0, 1, 2)
+            weight_BHW = confident_BHW.float().mean(over, keepdim=True).expand(confident_BHW.shape).clone()
+        if self.config.ignore_top > 0:
+            weight_BHW[:, :self.config.ignore_top] = 0
+        if self.config.ignore_bottom > 0:
+            weight_BHW[:, -self.config.ignore_bottom:] = 0
+        return weight_BHW
+
+    def colour(self, image_B3HW: Tensor, given: StepInput) -> Tensor:
+        """Colour jitter and blur of images in [0, 1]; one draw a step, the same on every worker."""
+        generator = random_generator(given.seed, given.step, COLOUR)
+        jitter, blur, sigma = torch.rand(3, generator=generator).tolist()
+        if jitter < self.config.jitter_probability:
+            s = self.config.jitter
+            image_B3HW = mixing.color_jitter(image_B3HW, s, s, s, s, generator=generator)
+        if blur < self.config.blur_probability:
+            low, high = self.config.blur_sigma
+            image_B3HW = mixing.gaussian_blur(image_B3HW, low + (high - low) * sigma)
+        return image_B3HW
+
+
+def feature_distance(feature_BChw: Tensor, pretrained_BChw: Tensor, labels_BHW: Tensor, classes: tuple[int, ...],
+                     share: float) -> Tensor:
+    """Mean L2 distance to the pretrained encoder's features, on cells that one thing class mostly covers (DAFormer).
+
+    Zero, and not NaN, when there is no such cell. Shape: scalar.
+    """
+    size = feature_BChw.shape[-2:]
+    is_class_BTHW = torch.stack([labels_BHW == c for c in classes], 1).float()
+    cover_Bhw = F.adaptive_avg_pool2d(is_class_BTHW, size).amax(1)
+    mask_Bhw = (cover_Bhw >= share).float()
+    distance_Bhw = (feature_BChw.float() - pretrained_BChw.float()).square().sum(1).clamp_min(1e-12).sqrt()
+    return (distance_Bhw * mask_Bhw).sum() / mask_Bhw.sum().clamp_min(1)
