@@ -31,6 +31,7 @@ from ecocseg.errors import InputError
 
 Ints = NDArray[np.int64]
 MAX_LANES = 64
+MAX_ROUNDS = 64
 _EXPAND_ROWS = 8192  # rows resolved by one vectorised call; bounds memory for passes of any length
 
 
@@ -188,15 +189,14 @@ def class_probabilities(class_pixels: Ints, rare: RareClass) -> NDArray[np.float
 
 
 class _RareClassPasses:
-    """Every pass emits n rows with the marginals of "draw c from P, then an image of S_c = those with enough pixels
-    of c".
+    """Every pass emits n rows with the marginals of DAFormer's draw: c from P, then an image of S_c, those with c.
 
     Image i has mean m_i = n sum_c P(c) [i in S_c] / |S_c|; systematic resampling gives it floor(m_i) or ceil(m_i)
-    emissions. Each emission draws its class from the posterior P(c | i). Copy j of the c_i copies of an image gets
-    key (j + u_i) / c_i, which spreads them over the pass. The pass has R rounds, and the key says in which a copy
-    falls; a round visits row groups in the pass's order, so a group is read at most once a round and copies stay
-    about 1 / R pass apart. R is the mean number of copies an emitted image has, at most a quarter of a group's rows,
-    so that a read still yields about 4 rows.
+    emissions, and each draws its class from the posterior P(c | i). Copy j of the c_i copies of an image gets key
+    (j + u) / c_i, which spreads them over the pass; u is drawn for each row group, so that images with as many copies
+    go together. The pass has R rounds, and the key says in which a copy falls; every round visits row groups in the
+    pass's order, so it reads a group at most once, and copies stay about 1 / c_i of a pass apart. R is the number of
+    copies that 99 % of the emissions do not exceed, at most 64.
     """
 
     def __init__(self, group_rows: Ints, seed: tuple[int, int], class_pixels: Ints, rare: RareClass):
@@ -207,8 +207,9 @@ class _RareClassPasses:
         self.class_weight = probability / np.maximum(self.member.sum(axis=0), 1)
         self.mean = self.member @ self.class_weight
         self.mean *= self.length / self.mean.sum()
-        copies = float((self.mean**2).sum() / self.mean.sum())
-        self.num_rounds = int(np.clip(np.ceil(copies), 1, max(1, self.length // len(group_rows) // 4)))
+        ascending = np.sort(self.mean)
+        most = ascending[min(np.searchsorted(np.cumsum(ascending), 0.99 * self.length), self.length - 1)]
+        self.num_rounds = int(np.clip(np.ceil(most), 1, MAX_ROUNDS))
         self._rounds = lru_cache(maxsize=1)(self._plan)
 
     def rounds(self, number: int) -> list[_Round]:
@@ -240,10 +241,10 @@ class _RareClassPasses:
     def _plan(self, number: int) -> list[_Round]:
         image, copy = self._emissions(number)
         counts = np.bincount(image, minlength=self.length)[image]
-        offset = _uniform(_random_words((*self.seed, number, 4), image))
+        group = np.searchsorted(self.group_start, image, "right") - 1
+        offset = _uniform(_random_words((*self.seed, number, 4), group))
         when = np.minimum(((copy + offset) / counts * self.num_rounds).astype(np.int64), self.num_rounds - 1)
         rank_of_group = np.random.default_rng((*self.seed, number, 0)).permutation(len(self.group_rows))
-        group = np.searchsorted(self.group_start, image, "right") - 1
         shuffle = _random_words((*self.seed, number, 1), image, copy)
         order = np.lexsort((shuffle, rank_of_group[group], when))
         image, copy, group, when = image[order], copy[order], group[order], when[order]
@@ -267,7 +268,7 @@ class _Cut:
     first: Ints  # lane's own index
     begin: Ints  # place in the round's row list
     size: Ints
-    place: Ints  # position of the first row
+    place: Ints  # position of the first row needed
 
     def part(self, keep: slice | NDArray) -> _Cut:
         return _Cut(self.lane[keep], self.first[keep], self.begin[keep], self.size[keep], self.place[keep])
@@ -296,8 +297,8 @@ class Order:
     ):
         file, group, rows = (np.asarray(column, np.int64) for column in table)
         keep = rows > 0
-        self.file, self.group, group_rows = file[keep], group[keep], rows[keep]
-        if not len(group_rows):
+        self.file, self.group, self.group_rows = file[keep], group[keep], rows[keep]
+        if not len(self.group_rows):
             raise InputError(f"stream {stream!r}: the shards hold no rows; pack at least one image")
         self.global_batch, self.lanes = global_batch, lanes or default_lanes(global_batch)
         if global_batch % self.lanes:
@@ -305,11 +306,11 @@ class Order:
             raise InputError(f"lanes={self.lanes} do not divide the global batch {global_batch}; use one of {fitting}")
         self.lane_width = global_batch // self.lanes
         self.window_rows, self.stream, self.seed = window_rows, stream, (seed, stream_key(stream))
-        self._passes: _UniformPasses | _RareClassPasses = _UniformPasses(group_rows, self.seed)
+        self._passes: _UniformPasses | _RareClassPasses = _UniformPasses(self.group_rows, self.seed)
         if rare is not None:
             if class_pixels is None or len(class_pixels) != self._passes.length:
                 raise InputError(f"stream {stream!r}: rare-class sampling needs class pixel counts; pack masks too")
-            self._passes = _RareClassPasses(group_rows, self.seed, np.asarray(class_pixels), rare)
+            self._passes = _RareClassPasses(self.group_rows, self.seed, np.asarray(class_pixels), rare)
         self.num_rows = self._passes.length
 
     def lane_count(self, positions: int) -> Ints:
@@ -395,7 +396,8 @@ class Order:
         opens[1:] = (np.diff(lane) != 0) | (np.diff(grid) != 0)
         begin, lane, offset = begin[opens], lane[opens], offset[opens]
         first = before[lane] + offset
-        place = first // self.lane_width * self.global_batch + lane * self.lane_width + first % self.lane_width
+        due = np.maximum(first, start_step * self.lane_width)
+        place = due // self.lane_width * self.global_batch + lane * self.lane_width + due % self.lane_width
         cut = _Cut(lane, first, begin, np.diff(begin, append=high), place)
         wanted = first + cut.size > start_step * self.lane_width
         if stop_step is not None:
