@@ -9,17 +9,18 @@ training or from `jobs/evaluate.py`, the same checkpoint on the same images give
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecocseg.data.transforms import IGNORE, decode_image, decode_mask
 from ecocseg.errors import InputError
 
-IGNORE = 255
 NUM_BINS = 15  # equal-width bins over [0, 1], bin i = (i / 15, (i + 1) / 15]; Guo et al. 2017
 CONFIDENCE_UNIT = 1 << 20  # confidences are summed as integers of this unit (rounding error below 5e-7 per value)
 _CALIBRATION_CHUNK = 1 << 22  # values binned at a time, which bounds the memory of the int64 bin indices
@@ -142,10 +143,15 @@ def predict(
 
 
 def predict_scores(
-    model: nn.Module, coding: Any, image_B3HW: Tensor, spec: EvalSpec, size: tuple[int, int] | None = None
+    model: nn.Module,
+    coding: Any,
+    image_B3HW: Tensor,
+    spec: EvalSpec,
+    size: tuple[int, int] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Tensor:
     """Scores [B, N, H, W] of normalised float images, argmax = class; see `predict`."""
-    return predict(model, coding, image_B3HW, spec, size).scores
+    return predict(model, coding, image_B3HW, spec, size, autocast).scores
 
 
 def _predict_view(forward: Callable[[Tensor], Tensor], coding: Any, image_B3HW: Tensor, spec: EvalSpec) -> Tensor:
@@ -301,6 +307,29 @@ class EvalResult:
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def image_tensor(data: bytes, name: str) -> Tensor:
+    """uint8 [3, H, W] of an encoded image, RGB whatever it was. InputError naming it if it does not decode."""
+    try:
+        return torch.from_numpy(np.array(decode_image(data, name).convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError) as error:  # a file cut off after its header
+        raise InputError(f"image_id {name!r}: the image does not decode ({error}); pack it again") from None
+
+
+def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W] and uint8 [H, W].
+
+    Raises InputError naming the image if it or its mask does not decode or their sizes differ.
+    """
+    for row in rows:
+        name = str(row["image_id"])
+        image_3HW = image_tensor(row["image"], name)
+        labels_HW = torch.from_numpy(np.array(decode_mask(row["mask"], name)))
+        if labels_HW.shape != image_3HW.shape[1:]:
+            sizes = f"{tuple(image_3HW.shape[1:])} but its mask {tuple(labels_HW.shape)} (height, width)"
+            raise InputError(f"image_id {name!r}: the image is {sizes}; pack the pair again with equal sizes")
+        yield image_3HW, labels_HW
 
 
 @torch.no_grad()

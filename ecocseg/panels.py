@@ -5,7 +5,7 @@ Shape legend: H W pixels, C colours (3, RGB). Everything is drawn on the CPU wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def colourise(labels_HW: Any, palette: Palette) -> Picture:
 
 
 def overlay(image_3HW: Any, labels_HW: Any, palette: Palette, alpha: float = 0.55) -> Picture:
-    """uint8 [H, W, 3]: class colours over a uint8 image [3, H, W], `alpha` of the colour; ignored pixels stay bare."""
+    """uint8 [H, W, 3]: class colours over an image [3, H, W], `alpha` of the colour; ignored pixels stay bare."""
     image_HWC = _image(image_3HW).astype(np.float64)
     mixed = (1 - alpha) * image_HWC + alpha * colourise(labels_HW, palette)
     shown = np.where((_array(labels_HW) == IGNORE)[..., None], image_HWC, mixed)
@@ -52,6 +52,7 @@ def panel(
     image_3HW: Any,
     palette: Palette,
     *,
+    title: str = "image",
     labels: Any = None,
     pseudo_labels: Any = None,
     confidence: Any = None,
@@ -59,19 +60,19 @@ def panel(
     prediction: Any = None,
     confidence_range: tuple[float, float] = (0.5, 1.0),
 ) -> Picture:
-    """One picture row, uint8 [H', W', 3], of a uint8 image [3, H, W] and any of these [H, W] maps, each with a title.
+    """One picture row, uint8 [H', W', 3]: an image [3, H, W] (uint8, or float 0..1) and any of these [H, W] maps.
 
     `confidence` is drawn between the ends of `confidence_range` (a mean bit confidence is never below 0.5), `reliable`
-    (the share of a pixel's bits that are reliable) from 0 to 1; their titles give the mean. What is None is left out.
+    (the share of a pixel's bits that are reliable) from 0 to 1; their titles give the mean. None is left out.
     """
-    cells = [("image", _image(image_3HW), False)]
-    for title, ids in (("label", labels), ("pseudo-label", pseudo_labels)):
+    cells = [(title, _image(image_3HW), False)]
+    for name, ids in (("label", labels), ("pseudo-label", pseudo_labels)):
         if ids is not None:
-            cells.append((title, colourise(ids, palette), True))
+            cells.append((name, colourise(ids, palette), True))
     if confidence is not None:
         low, high = confidence_range
-        title = f"confidence {low:g}-{high:g}, mean {_mean(confidence):.2f}"
-        cells.append((title, heat_map(confidence, low, high), True))
+        name = f"confidence {low:g}-{high:g}, mean {_mean(confidence):.2f}"
+        cells.append((name, heat_map(confidence, low, high), True))
     if reliable is not None:
         cells.append((f"reliable bits 0-1, mean {_mean(reliable):.2f}", heat_map(reliable), True))
     if prediction is not None:
@@ -79,6 +80,42 @@ def panel(
     drawn = [_cell(*cell) for cell in cells]
     gap = np.full((drawn[0].shape[0], GAP, 3), BACKGROUND, dtype=np.uint8)
     return np.concatenate([gap, *(part for cell in drawn for part in (cell, gap))], axis=1)
+
+
+def training_picture(pictures: Mapping[str, Any], coding: Any, classes: Any, rows: int = 2) -> Picture:
+    """A sheet of the first `rows` images of each kind that a method drew, and the class legend.
+
+    `pictures` holds, for `labeled` and `mixed`: `<kind>_image` [B, 3, H, W] (uint8, or float 0..1), `<kind>_labels`
+    [B, H, W] and the student's `<kind>_logits` [B, K, h, w]; for the unlabelled images `unlabeled_image` and the
+    teacher's `pseudo` Target. What is missing is left out.
+    """
+    sheet = []
+    for kind, title in (("labeled", "labelled"), ("mixed", "mixed")):
+        if f"{kind}_image" not in pictures:
+            continue
+        images, labels = pictures[f"{kind}_image"], pictures[f"{kind}_labels"]
+        predicted = _predicted(pictures[f"{kind}_logits"][:rows], coding, tuple(images.shape[-2:]))
+        for image, ids, prediction in zip(images, labels, predicted, strict=False):
+            sheet.append(panel(image, classes.palette, title=title, labels=ids, prediction=prediction))
+    if "unlabeled_image" in pictures:
+        pseudo = pictures["pseudo"]
+        low = 0.5 if pseudo.bits is not None else 0.0
+        for i, image in enumerate(pictures["unlabeled_image"][:rows]):
+            sheet.append(panel(
+                image, classes.palette, title="unlabelled", pseudo_labels=pseudo.labels[i],
+                confidence=None if pseudo.confidence is None else pseudo.confidence[i],
+                reliable=None if pseudo.reliable is None else pseudo.reliable[i],
+                confidence_range=(low, 1.0),
+            ))  # fmt: skip
+    width = max(row.shape[1] for row in sheet)
+    return stack([*sheet, legend(classes.names, classes.palette, width)])
+
+
+def _predicted(logits_BKhw: Any, coding: Any, size: tuple[int, int]) -> Any:
+    from torch.nn.functional import interpolate
+
+    logits_BKHW = interpolate(logits_BKhw.float(), size=size, mode="bilinear", align_corners=False)
+    return coding.scores(logits_BKHW).argmax(dim=1)
 
 
 def legend(names: Sequence[str], palette: Palette, width: int) -> Picture:
@@ -135,7 +172,10 @@ def _array(values: Any) -> NDArray[Any]:
 
 
 def _image(image_3HW: Any) -> Picture:
-    return np.ascontiguousarray(np.moveaxis(_array(image_3HW), 0, -1)[..., :3].astype(np.uint8))
+    image_3HW = _array(image_3HW)
+    if image_3HW.dtype != np.uint8:
+        image_3HW = (image_3HW.astype(np.float64) * 255).round().clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(image_3HW, 0, -1)[..., :3])
 
 
 def _mean(values: Any) -> float:

@@ -137,8 +137,10 @@ class ProgressDisplay:
 
     `update` takes plain records, any subset of: `step`, `total`, `rate` (steps/s), `eta` (s), `phase` (text), `loss`
     and `loss/<part>`, `confident_share`, `bits_corrected`, `data_wait_share`, `miou` (fractions), the last four with
-    any `prefix/` and `miou` also as `miou/<which>`. Other keys are not shown. A value stays until its next one comes. On a terminal it is a live panel; otherwise one line per `interval` seconds or 10 % of the run,
-    whichever comes first, and always at an evaluation, a new phase and the end.
+    any `prefix/` and `miou` also as `miou/<which>`; `time/steps_per_second` takes the place of `rate`. Other keys are
+    not shown. A value stays until its next one comes. A record of `kind` `message` is printed as its `text`,
+    `checkpoint` as its `url`; `final` is left to the caller. On a terminal it is a live panel; otherwise one line per
+    `interval` seconds or 10 % of the run, whichever comes first, and always at an evaluation, a new phase and the end.
     """
 
     def __init__(
@@ -162,6 +164,12 @@ class ProgressDisplay:
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Take in a record and show it when it is time to."""
+        kind = record.get("kind")
+        if kind in ("message", "checkpoint"):
+            self.print(str(record["text"]) if kind == "message" else f"saved {record['url']}")
+            return
+        if kind == "final":
+            return
         new_phase = "phase" in record and record["phase"] != self._state.get("phase")
         evaluated = any("miou" in name.split("/") for name in record)
         self._state.update(record)
@@ -223,8 +231,7 @@ def _progress_parts(state: Mapping[str, Any]) -> list[str]:
         parts.append(f"step {int(state['step'])}/{int(state['total'])} ({100 * state['step'] / state['total']:.0f} %)")
     elif "step" in state:
         parts.append(f"step {int(state['step'])}")
-    if state.get("rate"):
-        rate = state["rate"]
+    if rate := state.get("time/steps_per_second") or state.get("rate"):
         parts.append(f"{rate:.2f} steps/s" if rate >= 0.1 else f"{1 / rate:.1f} s/step")
     if state.get("eta") is not None and math.isfinite(state["eta"]):
         parts.append(f"eta {_duration(state['eta'])}")

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from ecocseg.coding import EcocCoding, OneHotCoding
 from torch import Tensor, nn
 
 from ecocseg import codebook, evaluate
+from ecocseg.coding import EcocCoding, OneHotCoding
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalResult, EvalSpec, Normalize, calibration_counts, confusion, predict, predict_scores
 

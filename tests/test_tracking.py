@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ecocseg import panels
+from ecocseg import codebook, panels
+from ecocseg.coding import EcocCoding, OneHotCoding
 from ecocseg.tracking import ProgressDisplay, Tracker, read_metrics
 
 PALETTE = ((128, 64, 128), (70, 70, 70), (107, 142, 35))
@@ -170,6 +173,33 @@ def test_panel_shapes_and_missing_columns():
         assert (strip == colour).all(axis=2).any()
     sheet = panels.stack([full, some, strip])
     assert sheet.shape == (full.shape[0] + some.shape[0] + strip.shape[0], full.shape[1], 3)
+
+
+@pytest.mark.parametrize("coding", [OneHotCoding(3), EcocCoding(codebook.max_min(3, 3, seed=0))])
+def test_training_picture_draws_what_the_method_left(coding):
+    classes = SimpleNamespace(names=("road", "building", "tree"), palette=PALETTE)
+    image = torch.randint(0, 256, (3, 3, 16, 24), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (3, 16, 24))
+    logits = torch.randn(3, coding.num_outputs, 4, 6)
+    supervised = {"labeled_image": image, "labeled_labels": labels, "labeled_logits": logits}
+    pseudo = coding.pseudo_label(logits, size=(16, 24))
+    adapted = supervised | {"unlabeled_image": image, "pseudo": pseudo, "mixed_image": image / 255.0,
+                            "mixed_labels": labels, "mixed_logits": logits}  # fmt: skip
+    row = panels.panel(image[0], PALETTE, prediction=labels[0]).shape[0]
+    small, large = (panels.training_picture(pictures, coding, classes, rows=2) for pictures in (supervised, adapted))
+    legend_height = small.shape[0] - 2 * row
+    assert 0 < legend_height < row
+    assert large.shape[0] == 6 * row + legend_height
+    cells = 4 if isinstance(coding, EcocCoding) else 3  # one-hot has no reliable bits
+    assert large.shape[1] == cells * panels.CELL_WIDTHS[0] + (cells + 1) * panels.GAP
+
+
+def test_messages_and_checkpoints_are_printed_as_they_come():
+    shown, stream, _ = display()
+    shown.update({"kind": "message", "text": "training from step 0 [2 workers]"})
+    shown.update({"kind": "checkpoint", "step": 5, "url": "runs/x/checkpoints/step_5"})
+    shown.update({"kind": "final", "step": 5, "results": {}})
+    assert stream.getvalue() == "training from step 0 [2 workers]\nsaved runs/x/checkpoints/step_5\n"
 
 
 def test_heat_is_brighter_where_the_value_is_larger():
