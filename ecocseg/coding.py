@@ -1,0 +1,345 @@
+"""How a class is written as outputs of a network: one output per class, or the bits of a codeword (METHOD 2-4).
+
+A coding owns targets, decoding, pseudo-labels and loss. Methods, models and evaluation use this one interface and never
+ask which coding it is.
+
+Shapes: B batch, N classes, K outputs (bits), X 64-bit words per code, H W pixels, h w cells of the logits, P pixels of a
+strip of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ecocseg import bits as bit_words
+from ecocseg.losses import (
+    EcocWeights,
+    Upsample,
+    compute_dtype,
+    cross_entropy_loss,
+    ecoc_loss,
+    row_strips,
+    stripwise_loss,
+)
+
+if TYPE_CHECKING:
+    from ecocseg.codebook import Codebook
+
+IGNORE = 255
+
+
+@dataclass
+class Target:
+    """What a batch of pixels should be, and how much each counts."""
+
+    labels: Tensor
+    """Class ids int64 [B, H, W]; 255 = ignored: such a pixel has no loss, whatever its weight."""
+    weight: Tensor
+    """Weight of each pixel in the loss, float [B, H, W]; 1 until a method sets it."""
+    is_true: Tensor
+    """Bool [B, H, W]: the label is annotated, not guessed by a network."""
+    bits: Tensor | None = None
+    """Target bits packed in int64 words [B, X, H, W] (see `dense_bits`); None for one-hot."""
+    confidence: Tensor | None = None
+    """Confidence of pseudo-labels, float [B, H, W]; None for true labels."""
+    reliable: Tensor | None = None
+    """Share of each pixel's bits that came from its codeword, float [B, H, W]; None for true labels and one-hot."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """0-dim tensors worth logging; empty for true labels."""
+
+    def to(self, device: torch.device | str) -> Target:
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            values[item.name] = value.to(device) if isinstance(value, Tensor) else value
+        values["metrics"] = {name: value.to(device) for name, value in self.metrics.items()}
+        return Target(**values)
+
+    def dense_bits(self, num_bits: int) -> Tensor:
+        """Target bits bool [B, K, H, W]; False at ignored pixels."""
+        if self.bits is None:
+            raise ValueError("a one-hot target has no bits")
+        height, width = self.labels.shape[1:]
+        return torch.stack([bit_words.unpack(words_XHW.flatten(1), num_bits).view(num_bits, height, width)
+                            for words_XHW in self.bits])
+
+
+class Coding:
+    """What one-hot and ECOC share."""
+
+    num_classes: int
+    num_outputs: int
+    align_corners: bool = False
+
+    def scores(self, logits_BKHW: Tensor) -> Tensor:
+        """Class scores, whose argmax is the class. Shape: [B, N, H, W]."""
+        raise NotImplementedError
+
+    def scores_from_probabilities(self, probabilities_BKHW: Tensor) -> Tensor:
+        """Class scores of (averaged) probabilities. Shape: [B, N, H, W]."""
+        raise NotImplementedError
+
+    def probabilities(self, logits_BKHW: Tensor) -> Tensor:
+        """What windows, flips and scales may average. Shape: [B, K, H, W]."""
+        raise NotImplementedError
+
+    def encode(self, labels_BHW: Tensor) -> Target:
+        """Target of annotated class ids (255 ignored)."""
+        raise NotImplementedError
+
+    def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
+        """Target guessed from a teacher's logits, upsampled to `size` first; detached, with its confidence."""
+        raise NotImplementedError
+
+    def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
+             normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
+        """Scalars: "loss", which carries the gradient, and its terms, detached.
+
+        Logits of another size than the target are resized to it (bilinear) inside. Pixel losses are summed and divided
+        by the number of pixels ("all"), by that of pixels not labelled 255 ("valid"), or by `normalizer`.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        raise NotImplementedError
+
+    def _weight(self, target: Target, average: str, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Weight of each pixel over the divisor, 0 where ignored. Shape: [B, H, W]."""
+        known_BHW = target.labels != IGNORE
+        if normalizer is None:
+            if average not in ("all", "valid"):
+                raise ValueError(f'average is "all" or "valid", not {average!r}')
+            normalizer = known_BHW.numel() if average == "all" else known_BHW.sum().clamp_min(1)
+        return (target.weight.to(dtype) / normalizer).masked_fill_(~known_BHW, 0)
+
+
+class OneHotCoding(Coding):
+    """One output per class: softmax cross-entropy and argmax, the baseline."""
+
+    def __init__(self, num_classes: int, *, align_corners: bool = False) -> None:
+        self.num_classes = self.num_outputs = num_classes
+        self.align_corners = align_corners
+
+    def scores(self, logits_BKHW: Tensor) -> Tensor:
+        return logits_BKHW
+
+    def scores_from_probabilities(self, probabilities_BKHW: Tensor) -> Tensor:
+        return probabilities_BKHW
+
+    def probabilities(self, logits_BKHW: Tensor) -> Tensor:
+        return logits_BKHW.to(compute_dtype(logits_BKHW)).softmax(1)
+
+    def encode(self, labels_BHW: Tensor) -> Target:
+        return _true_target(labels_BHW, None)
+
+    @torch.no_grad()
+    def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
+        target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
+        assert target.confidence is not None
+        with torch.autocast(logits_BKhw.device.type, enabled=False):
+            for image, logits_Khw in enumerate(logits_BKhw):
+                for first, end in row_strips(*upsample.size, logits_BKhw.device):
+                    logits_KP = upsample.strip(logits_Khw, first, end)
+                    best_P, label_P = logits_KP.max(0)
+                    target.labels[image, first:end].view(-1).copy_(label_P)
+                    target.confidence[image, first:end].view(-1).copy_((best_P - logits_KP.logsumexp(0)).exp_())
+        return target
+
+    def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
+             normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
+        weight_BHW = self._weight(target, average, normalizer, compute_dtype(logits_BKhw))
+        labels_BHW = target.labels.clamp_max(self.num_classes - 1)  # 255 has weight 0
+
+        def strip(logits_KP: Tensor, image: int, first: int, end: int, gradient: bool) -> tuple[Tensor, Tensor | None]:
+            return cross_entropy_loss(logits_KP, labels_BHW[image, first:end].reshape(-1),
+                                      weight_BHW[image, first:end].reshape(-1), gradient)
+
+        loss, _ = stripwise_loss(logits_BKhw, _size(target.labels), strip, 1, self.align_corners)
+        return {"loss": loss}
+
+    def describe(self) -> str:
+        return f"one-hot, {self.num_classes} classes"
+
+
+class EcocCoding(Coding):
+    """A codeword per class: K bits, decoded to the class at the least soft Hamming distance."""
+
+    def __init__(
+        self,
+        codebook: Codebook,
+        *,
+        reliability: float = 0.95,
+        distance_weight: float = 5.0,
+        contrast_weight: float = 2.0,
+        temperature: float = 0.5,
+        bce_weight: float = 1.0,
+        contrast_negatives: Literal["codewords", "target_and_negatives"] = "codewords",
+        label_form: Literal["hybrid", "code", "bit"] = "hybrid",
+        max_candidates: int | None = None,
+        align_corners: bool = False,
+    ) -> None:
+        if contrast_negatives not in ("codewords", "target_and_negatives"):
+            raise ValueError(f'contrast_negatives is "codewords" or "target_and_negatives", not {contrast_negatives!r}')
+        if label_form not in ("hybrid", "code", "bit"):
+            raise ValueError(f'label_form is "hybrid", "code" or "bit", not {label_form!r}')
+        self.codebook = codebook
+        self.num_classes, self.num_outputs = (int(n) for n in codebook.matrix.shape)
+        self.reliability, self.label_form, self.max_candidates = reliability, label_form, max_candidates
+        self.loss_weights = EcocWeights(bce_weight, distance_weight, contrast_weight, temperature, contrast_negatives)
+        self.align_corners = align_corners
+        self._codes_NK = torch.as_tensor(codebook.matrix).to(torch.bool).clone()
+        self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}  # tables belong to a device of this process
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> _Tables:
+        key = (device, dtype)
+        if key not in self._tables:
+            codes_NK = self._codes_NK.to(device)
+            signs_NK = codes_NK.to(dtype) * 2 - 1
+            self._tables[key] = _Tables(codes_NK, signs_NK, (~codes_NK).to(dtype).sum(1)[:, None],
+                                        bit_words.pack(codes_NK.t()))
+        return self._tables[key]
+
+    def probabilities(self, logits_BKHW: Tensor) -> Tensor:
+        return logits_BKHW.to(compute_dtype(logits_BKHW)).sigmoid()
+
+    def scores(self, logits_BKHW: Tensor) -> Tensor:
+        return self.scores_from_probabilities(self.probabilities(logits_BKHW))
+
+    def scores_from_probabilities(self, probabilities_BKHW: Tensor) -> Tensor:
+        """K - d_n = sum_k p_k S_nk + sum_k (1 - M_nk): one matrix product."""
+        p_BKP = probabilities_BKHW.to(compute_dtype(probabilities_BKHW)).flatten(2)
+        tables = self._on(p_BKP.device, p_BKP.dtype)
+        with torch.autocast(p_BKP.device.type, enabled=False):
+            scores_BNP = tables.signs_NK @ p_BKP + tables.zeros_N1
+        return scores_BNP.view(len(p_BKP), self.num_classes, *probabilities_BKHW.shape[2:])
+
+    def encode(self, labels_BHW: Tensor) -> Target:
+        words_XN = self._on(labels_BHW.device, torch.float32).words_XN
+        known_BHW = labels_BHW != IGNORE
+        index_BHW = torch.where(known_BHW, labels_BHW, 0).long()
+        return _true_target(labels_BHW, torch.where(known_BHW[:, None], words_XN[:, index_BHW].transpose(0, 1), 0))
+
+    @torch.no_grad()
+    def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
+        target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
+        device = logits_BKhw.device
+        shape = (len(logits_BKhw), bit_words.num_words(self.num_outputs), *upsample.size)
+        target.bits = torch.empty(shape, dtype=torch.int64, device=device)
+        target.reliable = torch.empty_like(target.weight)
+        corrected = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for image, logits_Khw in enumerate(logits_BKhw):
+                for first, end in row_strips(*upsample.size, device):
+                    guess = self._guess(upsample.strip(logits_Khw, first, end))
+                    rows = slice(first, end)
+                    target.bits[image, :, rows] = guess.words_XP.view(shape[1], end - first, -1)
+                    for name in ("labels", "confidence", "reliable"):
+                        getattr(target, name)[image, rows].view(-1).copy_(getattr(guess, f"{name}_P"))
+                    corrected += guess.corrected
+        target.metrics = {"reliable_bits": target.reliable.mean(),
+                          "corrected_bits": corrected / (target.labels.numel() * self.num_outputs)}
+        return target
+
+    def _guess(self, logits_KP: Tensor) -> _Guess:
+        """Pseudo-labels of a strip: the class, and bits from its codeword where reliable, from their own sign elsewhere."""
+        tables = self._on(logits_KP.device, logits_KP.dtype)
+        bitwise_XP = bit_words.pack(logits_KP >= 0)
+        p_KP = logits_KP.sigmoid()
+        scores_NP = (tables.signs_NK @ p_KP).add_(tables.zeros_N1)
+        labels_P = scores_NP.argmax(0)
+        q_KP = torch.maximum(p_KP, 1 - p_KP)
+        confidence_P = q_KP.sum(0) / self.num_outputs
+        code_XP = tables.words_XN[:, labels_P]
+        mask_XP = self._reliable_words(q_KP, scores_NP, confidence_P, tables)
+        changed_XP = (code_XP ^ bitwise_XP) & mask_XP
+        reliable_P = bit_words.popcount(mask_XP & tables.all_ones_X1).sum(0).to(logits_KP.dtype) / self.num_outputs
+        return _Guess(labels_P, confidence_P, reliable_P, bitwise_XP ^ changed_XP, bit_words.popcount(changed_XP).sum())
+
+    def _reliable_words(self, q_KP: Tensor, scores_NP: Tensor, confidence_P: Tensor, tables: _Tables) -> Tensor:
+        """Mask of reliable bits, packed; bits beyond K may be anything. Shape: [X, P]."""
+        shape = (bit_words.num_words(self.num_outputs), q_KP.shape[1])
+        mask_XP = torch.full(shape, 0 if self.label_form == "bit" else -1, dtype=torch.int64, device=q_KP.device)
+        if self.label_form == "hybrid":
+            # With one candidate every bit is shared, so pixels this confident are done; most are.
+            open_U = (confidence_P <= self.reliability).nonzero().squeeze(1)
+            if len(open_U):
+                mask_XP[:, open_U] = bit_words.pack(bit_words.reliable_bits(
+                    q_KP[:, open_U], scores_NP[:, open_U], tables.codes_NK, self.reliability, self.max_candidates))
+        return mask_XP
+
+    def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
+             normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
+        if target.bits is None:
+            raise ValueError("this target has no bits; make it with this coding's encode or pseudo_label")
+        dtype = compute_dtype(logits_BKhw)
+        signs_NK = self._on(logits_BKhw.device, dtype).signs_NK
+        weight_BHW = self._weight(target, average, normalizer, dtype)
+        labels_BHW, words_BXHW = target.labels.clamp_max(self.num_classes - 1), target.bits  # 255 has weight 0
+
+        def strip(logits_KP: Tensor, image: int, first: int, end: int, gradient: bool) -> tuple[Tensor, Tensor | None]:
+            bits_KP = bit_words.unpack(words_BXHW[image, :, first:end].flatten(1), len(logits_KP))
+            return ecoc_loss(logits_KP, bits_KP, labels_BHW[image, first:end].reshape(-1),
+                             weight_BHW[image, first:end].reshape(-1), signs_NK, self.loss_weights, gradient)
+
+        loss, detail = stripwise_loss(logits_BKhw, _size(target.labels), strip, 4, self.align_corners)
+        return {"loss": loss, "bce": detail[0], "distance": detail[1], "contrast": detail[2]}
+
+    def describe(self) -> str:
+        w = self.loss_weights
+        form = f"hybrid (T {self.reliability:g})" if self.label_form == "hybrid" else f"{self.label_form}-wise"
+        return (f"ECOC, {self.num_classes} classes in {self.num_outputs} bits, {form} pseudo-labels, "
+                f"loss {w.bce:g} bce + {w.distance:g} distance + {w.contrast:g} contrast (tau {w.temperature:g})")
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The codebook on a device."""
+
+    codes_NK: Tensor
+    signs_NK: Tensor
+    zeros_N1: Tensor
+    """Number of zero bits of each codeword."""
+    words_XN: Tensor
+
+    @property
+    def all_ones_X1(self) -> Tensor:
+        return bit_words.pack(torch.ones_like(self.codes_NK[:1].t()))
+
+
+@dataclass(frozen=True)
+class _Guess:
+    labels_P: Tensor
+    confidence_P: Tensor
+    reliable_P: Tensor
+    words_XP: Tensor
+    corrected: Tensor
+
+
+def _size(labels_BHW: Tensor) -> tuple[int, int]:
+    return labels_BHW.shape[1], labels_BHW.shape[2]
+
+
+def _true_target(labels_BHW: Tensor, words_BXHW: Tensor | None) -> Target:
+    return Target(labels=labels_BHW.long(), bits=words_BXHW,
+                  weight=torch.ones(labels_BHW.shape, device=labels_BHW.device),
+                  is_true=torch.ones(labels_BHW.shape, dtype=torch.bool, device=labels_BHW.device))
+
+
+def _empty_pseudo(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None,
+                  align_corners: bool) -> tuple[Target, Upsample]:
+    """A pseudo-label target to be filled in, and the resizing to its size."""
+    height, width = logits_BKhw.shape[-2:] if size is None else size
+    upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), (height, width), align_corners, logits_BKhw)
+    shape, options = (len(logits_BKhw), height, width), {"dtype": upsample.dtype, "device": logits_BKhw.device}
+    target = Target(labels=torch.empty(shape, dtype=torch.int64, device=logits_BKhw.device),
+                    weight=torch.ones(shape, **options), confidence=torch.empty(shape, **options),
+                    is_true=torch.zeros(shape, dtype=torch.bool, device=logits_BKhw.device))
+    return target, upsample
