@@ -1,0 +1,158 @@
+"""The methods against literal, slow readings of the papers: what the student is shown, with which targets and weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ecocseg.codebook import max_min
+from ecocseg.coding import EcocCoding, OneHotCoding
+from ecocseg.config import MethodConfig
+from ecocseg.data.pipeline import Batch
+from ecocseg.evaluate import Normalize
+from ecocseg.methods import METHODS, StepInput
+from ecocseg.methods.self_training import feature_distance
+from ecocseg.teacher import Teacher
+
+N, H, W = 5, 12, 16
+THRESHOLD = {"one_hot": 0.7, "ecoc": 0.85}  # about half of the pixels are confident
+IDENTITY = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PLAIN = {"jitter_probability": 0.0, "blur_probability": 0.0}
+
+
+def coding_of(kind: str) -> Any:
+    return OneHotCoding(N) if kind == "one_hot" else EcocCoding(max_min(N, 8, 0), reliability=0.8)
+
+
+def make_batch(seed: int, labeled: bool) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, N, (2, H, W), generator=generator)
+    labels[0, :2] = 255
+    valid = torch.ones(2, H, W, dtype=torch.bool)
+    valid[1, :, -3:] = False
+    return Batch(image=torch.randint(0, 256, (2, 3, H, W), generator=generator, dtype=torch.uint8),
+                 labels=labels if labeled else None, valid=valid, positions=torch.tensor([10, 11]), image_ids=["a", "b"])
+
+
+class Recorder(nn.Module):
+    """A student that keeps what it was shown."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Conv2d(3, outputs, 1)
+        self.seen: list[Tensor] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.seen.append(image.detach().clone())
+        return self.layer(image) * 4
+
+
+def run(kind: str, **options: Any) -> tuple[Recorder, Any, StepInput, list[Tensor]]:
+    coding = coding_of(kind)
+    student = Recorder(coding.num_outputs)
+    teacher = Teacher(student, 0.9)
+    method = METHODS["self_training"](MethodConfig(**{**PLAIN, **options}), coding, IDENTITY)
+    given = StepInput(4, 0, make_batch(1, True), make_batch(2, False), student, teacher, nullcontext)
+    losses = [part() for part in method.parts(given)]
+    student.coding = coding  # type: ignore[assignment]
+    return student, coding, given, losses
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
+@pytest.mark.parametrize("weighting", ["image", "batch", "pixel"])
+def test_mixed_loss_equals_a_literal_one(kind: str, weighting: str) -> None:
+    options = {"weighting": weighting, "confidence_threshold": THRESHOLD[kind], "ignore_top": 2, "ignore_bottom": 3}
+    student, coding, given, losses = run(kind, **options)
+    source, target = given.labeled, given.unlabeled
+    assert target is not None and given.teacher is not None
+    pseudo = coding.pseudo_label(given.teacher.module(target.image.float() / 255), size=(H, W))
+    confident = pseudo.confidence >= THRESHOLD[kind]
+    assert 0.05 < confident.float().mean() < 0.95  # else the weights below would test nothing
+    mixed_image = student.seen[1]
+    loss = torch.zeros(())
+    for b in range(2):
+        pasted = (mixed_image[b] == source.image[b].float() / 255).all(0)
+        kept = (mixed_image[b] == target.image[b].float() / 255).all(0)
+        assert (pasted ^ kept).all()
+        classes = set(source.labels[b].unique().tolist())
+        from_source = {c for c in classes if pasted[source.labels[b] == c].all()}
+        assert len(from_source) == (len(classes) + 1) // 2  # half, rounded up, and whole classes only
+        assert pasted.sum() == sum(int((source.labels[b] == c).sum()) for c in from_source)
+        share = {"image": confident[b].float().mean(), "batch": confident.float().mean(), "pixel": None}[weighting]
+        true = coding.encode(source.labels[b:b + 1])
+        for y in range(H):
+            for x in range(W):
+                cell = (slice(None), slice(y, y + 1), slice(x, x + 1))
+                one = true if pasted[y, x] else pseudo
+                index = 0 if pasted[y, x] else b
+                part = type(one)(
+                    labels=one.labels[index:index + 1][cell], weight=torch.ones(1, 1, 1),
+                    is_true=one.is_true[index:index + 1][cell],
+                    bits=None if one.bits is None else one.bits[index:index + 1, :, y:y + 1, x:x + 1])
+                weight = 1.0
+                if not pasted[y, x]:
+                    weight = float(confident[b, y, x]) if share is None else float(share)
+                    if y < 2 or y >= H - 3 or not target.valid[b, y, x]:
+                        weight = 0.0
+                logits = student.layer(mixed_image[b:b + 1, :, y:y + 1, x:x + 1]) * 4
+                loss = loss + weight * coding.loss(logits, part, average="all")["loss"]
+    torch.testing.assert_close(losses[1], loss / (2 * H * W), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
+def test_labeled_loss_is_the_codings_on_the_source_image(kind: str) -> None:
+    student, coding, given, losses = run(kind)
+    want = coding.loss(student.layer(given.labeled.image.float() / 255) * 4, coding.encode(given.labeled.labels))["loss"]
+    torch.testing.assert_close(losses[0], want)
+
+
+def test_draws_depend_on_step_and_seed_alone() -> None:
+    images = [run("ecoc")[0].seen[1] for _ in range(2)]
+    assert torch.equal(*images)
+    coding = coding_of("ecoc")
+    student = Recorder(coding.num_outputs)
+    method = METHODS["self_training"](MethodConfig(), coding, IDENTITY)
+    seen = []
+    for step, seed in ((4, 0), (5, 0), (4, 1)):
+        given = StepInput(step, seed, make_batch(1, True), make_batch(2, False), student, Teacher(student, 0.9), nullcontext)
+        student.seen.clear()
+        for part in method.parts(given):
+            part()
+        seen.append(student.seen[1].clone())
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_feature_distance_looks_at_thing_cells_alone() -> None:
+    torch.manual_seed(0)
+    feature, pretrained = torch.randn(2, 6, 2, 3), torch.randn(2, 6, 2, 3)
+    labels = torch.full((2, 8, 12), 1)
+    labels[0, :4, :4] = 3  # a whole cell
+    labels[1, 4:, 8:] = 4
+    labels[1, 4, 8] = 0  # 15 of 16 pixels
+    labels[0, 4:, 4:8] = 4
+    labels[0, 4:6, 4:8] = 1  # half a cell: too little
+    want = ((feature[0, :, 0, 0] - pretrained[0, :, 0, 0]).norm() + (feature[1, :, 1, 2] - pretrained[1, :, 1, 2]).norm()) / 2
+    torch.testing.assert_close(feature_distance(feature, pretrained, labels, (3, 4), 0.75), want)
+    assert feature_distance(feature, pretrained, torch.ones_like(labels), (3, 4), 0.75) == 0
+
+
+def test_teacher_is_the_average_of_its_students() -> None:
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    teacher = Teacher(student, 0.9)
+    want = [p.detach().clone() for p in student.parameters()]
+    for t in range(1, 30):
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(torch.randn_like(p))
+        teacher.update(student)
+        alpha = min(1 - 1 / (t + 1), 0.9)
+        want = [alpha * w + (1 - alpha) * p.detach() for w, p in zip(want, student.parameters(), strict=True)]
+        for mine, expected in zip(teacher.module.parameters(), want, strict=True):
+            torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
+    assert teacher.module[1].training and not teacher.module[2].training
+    assert not any(p.requires_grad for p in teacher.module.parameters())
