@@ -314,7 +314,7 @@ def image_tensor(data: bytes, name: str) -> Tensor:
     try:
         return torch.from_numpy(np.array(decode_image(data, name).convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError) as error:  # a file cut off after its header
-        raise InputError(f"image_id {name!r}: the image does not decode ({error}); pack it again") from None
+        raise InputError(f"image_id {name!r}: the image does not decode ({error}); pack it again") from error
 
 
 def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:

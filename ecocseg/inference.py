@@ -58,9 +58,11 @@ def choose_device(name: str | None) -> torch.device:
 
 def checkpoint_storage(options: argparse.Namespace) -> Storage | None:
     """Where `--endpoint` points; None without it."""
+    if not options.endpoint:
+        return None
     from ecocseg.storage import Storage
 
-    return Storage(endpoint=options.endpoint) if options.endpoint else None
+    return Storage(endpoint=options.endpoint)
 
 
 def load(path: str, which: str, storage: Storage | None, device: torch.device) -> Loaded:

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone 
 from ecocseg.errors import InputError, run_main
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ecocseg.checkpoint import Loaded
     from ecocseg.evaluate import EvalSpec
 
@@ -46,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from ecocseg import inference
+    from ecocseg.evaluate import image_tensor
 
     if not 0 <= options.alpha <= 1:
         raise InputError(f"--alpha {options.alpha} is not a share; give 0 (image alone) to 1 (classes alone)")
@@ -58,10 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
     unreadable = []
     for number, (path, name) in enumerate(names.items(), start=1):
         try:
-            predict_file(path, out, name, loaded, spec, device, options.alpha)
-            print(f"{number}/{len(names)}  {path}")
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
-            unreadable.append(f"  {path}: {error}")
+            image_3HW = image_tensor(path.read_bytes(), str(path))
+        except (OSError, InputError) as error:
+            unreadable.append(f"  {path}: {error.__cause__ or error}")
+            continue
+        predict_image(image_3HW, out, name, loaded, spec, device, options.alpha)
+        print(f"{number}/{len(names)}  {path}")
     print(f"written: {len(names) - len(unreadable)} masks in {out / 'masks'}, overlays in {out / 'overlays'}")
     if unreadable:
         count = f"{len(unreadable)} of {len(names)} files are no readable images"
@@ -111,16 +116,17 @@ def write_classes(out: Path, loaded: Loaded) -> None:
     (out / "classes.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
-def predict_file(path: Path, out: Path, name: Path, loaded: Loaded, spec: EvalSpec, device: Any, alpha: float) -> None:
-    """Predict one image and write its mask and overlay; OSError or ValueError if it does not decode."""
+def predict_image(
+    image_3HW: Tensor, out: Path, name: Path, loaded: Loaded, spec: EvalSpec, device: Any, alpha: float
+) -> None:
+    """Predict a uint8 image [3, H, W] and write its mask and overlay under `name`."""
     import numpy as np
     import torch
     from PIL import Image
 
     from ecocseg import inference, panels
-    from ecocseg.evaluate import image_tensor, predict_scores
+    from ecocseg.evaluate import predict_scores
 
-    image_3HW = image_tensor(path.read_bytes(), str(path))
     image_B3HW = loaded.normalize(image_3HW.to(device).unsqueeze(0))
     autocast = inference.autocast_dtype(loaded)
     scores_BNHW = predict_scores(loaded.model, loaded.coding, image_B3HW, spec, autocast=autocast)

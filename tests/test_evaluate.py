@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import math
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ecocseg import codebook, evaluate
+from ecocseg import codebook, evaluate, inference
 from ecocseg.coding import EcocCoding, OneHotCoding
-from ecocseg.errors import InputError
+from ecocseg.errors import InputError, run_main
 from ecocseg.evaluate import EvalResult, EvalSpec, Normalize, calibration_counts, confusion, predict, predict_scores
 
 N, K = 5, 12
@@ -335,3 +341,105 @@ def test_normalize_takes_bytes_and_floats_and_goes_back():
     torch.testing.assert_close(normalize(image), normalize(image.float() / 255))
     assert torch.equal(normalize.inverse(normalize(image)), image)
     assert torch.equal(normalize(image[0]), normalize(image)[0])
+
+
+NAMES = ("road", "building", "sky", "tree", "person")
+COLOURS = ((128, 64, 128), (70, 70, 70), (70, 130, 180), (107, 142, 35), (220, 20, 60))
+
+
+def job(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "jobs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"job_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkpoint(monkeypatch):
+    """What loading a checkpoint would give, for jobs that are handed the name of one."""
+    from ecocseg.data.classes import ClassList
+
+    loaded = SimpleNamespace(
+        model=context_model(K), coding=ecoc(), class_list=ClassList("toy", NAMES, COLOURS), normalize=Normalize(),
+        step=7, spec=EvalSpec(), config=SimpleNamespace(engine=SimpleNamespace(precision="fp32")))  # fmt: skip
+
+    def load(path, which, storage, device):
+        if which == "teacher":
+            raise InputError("no teacher")
+        return loaded
+
+    monkeypatch.setattr(inference, "load", load)
+    return loaded
+
+
+def png(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_predict_writes_masks_and_overlays_and_names_unreadable_files(tmp_path, checkpoint, capsys):
+    rng = np.random.default_rng(0)
+    images, out = tmp_path / "images", tmp_path / "out"
+    (images / "sub").mkdir(parents=True)
+    pictures = {"a.png": (9, 14, 3), "a.bmp": (8, 8, 3), "sub/grey.png": (10, 12), "sub/alpha.png": (7, 9, 4)}
+    for name, shape in pictures.items():
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(images / name)
+    (images / "broken.jpg").write_bytes(b"not an image")
+    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:90])
+    (images / "notes.txt").write_text("no image at all")
+    predict_job = job("predict")
+    assert run_main(lambda: predict_job.main(["run", str(images), "--out", str(out), "--device", "cpu"])) == 2
+    error = capsys.readouterr().err
+    assert "2 of 6" in error and "broken.jpg" in error and "cut.png" in error and "a.bmp" not in error
+    masks = sorted(p.relative_to(out / "masks").as_posix() for p in (out / "masks").rglob("*") if p.is_file())
+    assert masks == ["a.bmp.png", "a.png.png", "sub/alpha.png", "sub/grey.png"]
+    for name, written in {"a.png": "a.png", "sub/grey.png": "sub/grey"}.items():
+        rgb = torch.from_numpy(np.array(Image.open(images / name).convert("RGB"))).permute(2, 0, 1)
+        scores = predict_scores(checkpoint.model, checkpoint.coding, checkpoint.normalize(rgb).unsqueeze(0), EvalSpec())
+        mask = Image.open(out / "masks" / f"{written}.png")
+        assert mask.mode == "P" and mask.getpalette()[:15] == [v for colour in COLOURS for v in colour]
+        assert np.array_equal(np.asarray(mask), scores.argmax(dim=1)[0].numpy())
+        assert Image.open(out / "overlays" / f"{written}.jpg").size == mask.size
+    assert [entry["name"] for entry in json.loads((out / "classes.json").read_text())] == list(NAMES)
+
+
+def test_predict_of_one_image_and_bad_arguments(tmp_path, checkpoint, capsys):
+    image = tmp_path / "one.png"
+    image.write_bytes(png(np.zeros((6, 6, 3), dtype=np.uint8)))
+    predict_job = job("predict")
+    assert predict_job.main(["run", str(image), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert (tmp_path / "out" / "masks" / "one.png").exists()
+    for arguments, words in {
+        ("run", str(tmp_path / "none"), "--out", str(tmp_path / "o")): "does not exist",
+        ("run", str(image), "--out", str(image)): "cannot be written",
+        ("run", str(image), "--out", str(tmp_path / "o"), "--mode", "slide"): "eval.crop",
+        ("run", str(image), "--out", str(tmp_path / "o"), "--device", "abacus"): "--device abacus",
+    }.items():
+        assert run_main(lambda a=arguments: predict_job.main(list(a))) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_evaluate_command_gives_the_numbers_of_evaluate(tmp_path, checkpoint, capsys):
+    from ecocseg.data.classes import ClassList
+    from ecocseg.data.shards import Record, write_shards
+
+    samples = make_samples([(9, 12), (8, 8), (15, 7)])
+    encoded = [(png(image.permute(1, 2, 0).numpy()), png(labels.numpy())) for image, labels in samples]
+    records = [Record(f"image{i}", image, mask) for i, (image, mask) in enumerate(encoded)]
+    write_shards(records, str(tmp_path / "data"), dataset="toy", classes=checkpoint.class_list)
+    spec = EvalSpec(mode="slide", crop=(8, 8), stride=(4, 4), flip=True)
+    flags = ["--mode", "slide", "--crop", "8", "8", "--stride", "4", "4", "--flip", "--device", "cpu"]
+    evaluate_job = job("evaluate")
+    data, written = str(tmp_path / "data"), tmp_path / "result.json"
+    assert evaluate_job.main(["run", "--data", data, "--json", str(written), *flags]) == 0
+    expected = run({"student": checkpoint.model}, checkpoint.coding, samples, spec, normalize=checkpoint.normalize)
+    report = json.loads(written.read_text())
+    assert report["results"]["student"] == expected["student"].to_dict()
+    assert (report["step"], report["images"], list(report["results"])) == (7, 3, ["student"])
+    assert evaluate.table(expected, NAMES) in capsys.readouterr().out
+    checkpoint.class_list = ClassList("other", (*NAMES[:-1], "rider"), COLOURS)
+    assert run_main(lambda: evaluate_job.main(["run", "--data", data, *flags])) == 2
+    assert "classes of 'toy' (5)" in capsys.readouterr().err
