@@ -1,0 +1,304 @@
+"""Shards: Parquet files of encoded images and masks, and the manifest that lists them.
+
+Images stay the bytes they were found as; masks are 8-bit PNGs of train ids (255 ignored), checked when they are packed.
+`manifest.json` is written last, so a folder that has one is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from ecocseg.data.classes import IGNORE, ClassList
+from ecocseg.errors import InputError
+from ecocseg.storage import Storage, join
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SCHEMA = pa.schema([
+    ("image_id", pa.string()), ("image", pa.binary()), ("mask", pa.binary()), ("image_b", pa.binary()),
+    ("height", pa.int32()), ("width", pa.int32()), ("class_pixels", pa.list_(pa.int64())), ("group", pa.string()),
+    ("index", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image to be packed: encoded bytes (JPEG, PNG), and what is known of it."""
+
+    image_id: str
+    image: bytes
+    mask: bytes | None = None
+    image_b: bytes | None = None
+    group: str | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a set of shards holds."""
+
+    url: str
+    dataset: str
+    classes: ClassList
+    num_rows: int
+    num_labeled: int
+    files: tuple[ShardFile, ...]
+    class_pixels: tuple[int, ...]
+    format_version: int = FORMAT_VERSION
+    options: dict[str, Any] = field(default_factory=dict)
+    """How the shards were made: source, selection, seed."""
+
+    @property
+    def hash(self) -> str:
+        """sha256 over classes and shard contents, in hex; independent of where the shards lie."""
+        content = [self.dataset, self.classes.hash, *(f"{f.name} {f.rows} {f.sha256}" for f in self.files)]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+    def row_group_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(file, row group in it, rows) of every row group, in order. Shape: [G] each."""
+        table = [(f, g, rows) for f, file in enumerate(self.files) for g, rows in enumerate(file.row_groups)]
+        columns = np.array(table, dtype=np.int64).reshape(-1, 3)
+        return columns[:, 0], columns[:, 1], columns[:, 2]
+
+    def to_json(self) -> bytes:
+        plain = {
+            "format_version": self.format_version, "dataset": self.dataset, "hash": self.hash,
+            "classes": {"name": self.classes.name, "names": self.classes.names, "palette": self.classes.palette,
+                        "thing_ids": self.classes.thing_ids},
+            "num_rows": self.num_rows, "num_labeled": self.num_labeled, "class_pixels": self.class_pixels,
+            "options": self.options, "files": [vars(f) for f in self.files]}
+        return json.dumps(plain, indent=1).encode()
+
+
+def check_mask(mask_HW: NDArray[np.uint8], size: tuple[int, int], classes: ClassList, where: str) -> NDArray[np.int64]:
+    """Pixels of each class in a mask of train ids. Shape: int64 [N].
+
+    Raises:
+        InputError: when its size is not `size` (height, width), or it holds an id that is neither a class nor 255.
+    """
+    if mask_HW.shape != size:
+        raise InputError(f"{where}: the mask is {mask_HW.shape[1]} x {mask_HW.shape[0]}, the image {size[1]} x {size[0]} "
+                         "(width x height); give a mask of the image's size")
+    counts = np.bincount(mask_HW.reshape(-1), minlength=256)
+    unknown = [int(i) for i in np.flatnonzero(counts) if i >= classes.num_classes and i != IGNORE]
+    if unknown:
+        raise InputError(f"{where}: the mask holds id(s) {unknown}, the classes of '{classes.name}' are 0 to "
+                         f"{classes.num_classes - 1} and 255 is ignored; map or correct them")
+    return counts[:classes.num_classes].astype(np.int64)
+
+
+def inspect_record(record: Record, classes: ClassList) -> tuple[dict[str, Any], NDArray[np.int64] | None]:
+    """A shard row of a record, and its class pixels.
+
+    Raises:
+        InputError: when its image or mask does not decode or does not fit, naming the image.
+    """
+    try:
+        with Image.open(io.BytesIO(record.image)) as image:
+            width, height = image.size
+        mask = None
+        if record.mask is not None:
+            with Image.open(io.BytesIO(record.mask)) as opened:
+                if opened.mode not in ("L", "P"):
+                    raise InputError(f"{record.image_id}: the mask is a {opened.mode} picture; masks are 8-bit PNGs of ids")
+                mask = np.asarray(opened)
+    except OSError as error:
+        raise InputError(f"{record.image_id}: image or mask does not decode ({error}); replace or remove it") from None
+    counts = None if mask is None else check_mask(mask, (height, width), classes, record.image_id)
+    row = {"image_id": record.image_id, "image": record.image, "mask": record.mask, "image_b": record.image_b,
+           "height": height, "width": width, "class_pixels": None if counts is None else counts.tolist(),
+           "group": record.group, "index": record.index}
+    return row, counts
+
+
+class _ShardWriter:
+    """Collects rows into row groups and shards of about a size, and uploads each shard when it is full."""
+
+    def __init__(self, destination: str, storage: Storage, shard_bytes: int, row_group_rows: int) -> None:
+        self.destination, self.storage, self.shard_bytes, self.group_rows = destination, storage, shard_bytes, row_group_rows
+        self.files: list[ShardFile] = []
+        self.rows: list[dict[str, Any]] = []
+        self.groups: list[int] = []
+        self.sink: io.BytesIO | None = None
+        self.writer: pq.ParquetWriter | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if len(self.rows) >= self.group_rows:
+            self.flush_group()
+        if self.sink is not None and self.sink.tell() >= self.shard_bytes:
+            self.flush_shard()
+
+    def flush_group(self) -> None:
+        if not self.rows:
+            return
+        if self.writer is None:
+            self.sink = io.BytesIO()
+            # image bytes are compressed already
+            self.writer = pq.ParquetWriter(self.sink, SCHEMA, compression="none", use_dictionary=False)
+        self.writer.write_table(pa.Table.from_pylist(self.rows, SCHEMA), row_group_size=len(self.rows))
+        self.groups.append(len(self.rows))
+        self.rows = []
+
+    def flush_shard(self) -> None:
+        self.flush_group()
+        if self.writer is None or self.sink is None:
+            return
+        self.writer.close()
+        data, name = self.sink.getvalue(), f"shard-{len(self.files):05d}.parquet"
+        self.storage.write_bytes(join(self.destination, name), data)
+        self.files.append(ShardFile(name, sum(self.groups), len(data), hashlib.sha256(data).hexdigest(), tuple(self.groups)))
+        self.writer, self.sink, self.groups = None, None, []
+
+
+def write_shards(records: Iterable[Record], destination: str, *, dataset: str, classes: ClassList,
+                 shard_bytes: int = 64 << 20, row_group_rows: int = 32, storage: Storage | None = None,
+                 options: dict[str, Any] | None = None) -> Manifest:
+    """Pack records into shards of about `shard_bytes` and row groups of `row_group_rows` rows.
+
+    Raises:
+        InputError: for a record whose mask has unknown ids or another size, or that does not decode, and for no records.
+    """
+    storage = storage or Storage()
+    storage.delete(join(destination, MANIFEST))  # first: a folder being written is not whole
+    writer = _ShardWriter(destination, storage, shard_bytes, row_group_rows)
+    totals = np.zeros(classes.num_classes, dtype=np.int64)
+    labeled = 0
+    for record in records:
+        row, counts = inspect_record(record, classes)
+        writer.add(row)
+        if counts is not None:
+            totals += counts
+            labeled += 1
+    writer.flush_shard()
+    if not writer.files:
+        raise InputError(f"{destination}: there is no image to pack; check the source folder and the selection")
+    manifest = Manifest(destination, dataset, classes, sum(f.rows for f in writer.files), labeled, tuple(writer.files),
+                        tuple(int(t) for t in totals), options=options or {})
+    storage.write_bytes(join(destination, MANIFEST), manifest.to_json())
+    return manifest
+
+
+def read_manifest(url: str, storage: Storage | None = None) -> Manifest:
+    """Read the manifest of the shards at a URL.
+
+    Raises:
+        InputError: when there is none, or it is damaged or of another version.
+    """
+    storage = storage or Storage()
+    where = join(url, MANIFEST)
+    try:
+        plain = json.loads(storage.read_bytes(where))
+    except FileNotFoundError:
+        raise InputError(f"no shards at {url}: {MANIFEST} is missing; jobs/prepare_shards.py makes them") from None
+    except OSError as error:
+        from ecocseg.storage import _reason
+
+        raise InputError(f"cannot read {where}: {_reason(error)}") from None
+    except ValueError:
+        raise InputError(f"{where} is damaged (not JSON); pack the shards anew") from None
+    try:
+        if plain["format_version"] != FORMAT_VERSION:
+            raise InputError(f"{where} has format {plain['format_version']}, this version reads {FORMAT_VERSION}; "
+                             "pack the shards anew")
+        c = plain["classes"]
+        classes = ClassList(c["name"], tuple(c["names"]), tuple(tuple(rgb) for rgb in c["palette"]), tuple(c["thing_ids"]))
+        files = tuple(ShardFile(f["name"], f["rows"], f["bytes"], f["sha256"], tuple(f["row_groups"]))
+                      for f in plain["files"])
+        manifest = Manifest(url, plain["dataset"], classes, plain["num_rows"], plain["num_labeled"], files,
+                            tuple(plain["class_pixels"]), plain["format_version"], plain["options"])
+        if manifest.hash != plain["hash"]:
+            raise InputError(f"{where} was changed: its hash is not that of its content; pack the shards anew")
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where} is damaged ({error!r}); pack the shards anew") from None
+    return manifest
+
+
+def check_files(manifest: Manifest, storage: Storage | None = None, checksums: bool = False) -> None:
+    """Look whether every shard is there with its size, and with `checksums` its content.
+
+    Raises:
+        InputError: naming every lost, truncated or changed shard.
+    """
+    storage = storage or Storage()
+    problems = []
+    for file in manifest.files:
+        where = join(manifest.url, file.name)
+        size = storage.size(where)
+        if size is None:
+            problems.append(f"{where} is missing")
+        elif size != file.bytes:
+            problems.append(f"{where} has {size} bytes, the manifest says {file.bytes}")
+        elif checksums and hashlib.sha256(storage.read_bytes(where)).hexdigest() != file.sha256:
+            problems.append(f"{where} has other content than was packed")
+    if problems:
+        raise InputError("damaged shards; restore them or pack them anew:\n  " + "\n  ".join(problems))
+
+
+def _parquet(manifest: Manifest, file_index: int, storage: Storage | None) -> pq.ParquetFile:
+    where = join(manifest.url, manifest.files[file_index].name)
+    fs, path = (storage or Storage()).open(where)
+    try:
+        return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _shard_error(where, error) from None
+
+
+def _shard_error(where: str, error: Exception) -> InputError:
+    return InputError(f"shard {where} cannot be read ({str(error).splitlines()[0]}); restore it or pack the shards anew")
+
+
+def read_row_group(manifest: Manifest, file_index: int, group_index: int, columns: Sequence[str],
+                   storage: Storage | None = None) -> pa.Table:
+    """Some columns of one row group.
+
+    Raises:
+        InputError: when the shard is missing or damaged, naming it.
+    """
+    file = _parquet(manifest, file_index, storage)
+    try:
+        return file.read_row_group(group_index, columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise _shard_error(join(manifest.url, manifest.files[file_index].name), error) from None
+
+
+def read_metadata(manifest: Manifest, columns: Sequence[str] = ("class_pixels",), storage: Storage | None = None) -> pa.Table:
+    """Metadata columns of all rows in order; images are not read."""
+    tables = []
+    for index, shard in enumerate(manifest.files):
+        try:
+            tables.append(_parquet(manifest, index, storage).read(columns=list(columns)))
+        except (OSError, pa.ArrowException) as error:
+            raise _shard_error(join(manifest.url, shard.name), error) from None
+    return pa.concat_tables(tables)
+
+
+def iter_rows(manifest: Manifest, rank: int = 0, world: int = 1,
+              columns: Sequence[str] = ("image_id", "image", "mask"), storage: Storage | None = None) -> Iterator[dict[str, Any]]:
+    """Rows rank, rank + world, ... of the whole set, as dicts; over all ranks every row comes once."""
+    first = 0
+    for f, g, rows in zip(*manifest.row_group_table(), strict=True):
+        mine = [i for i in range(int(rows)) if (first + i) % world == rank]
+        if mine:
+            yield from read_row_group(manifest, int(f), int(g), columns, storage).take(mine).to_pylist()
+        first += int(rows)
