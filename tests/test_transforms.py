@@ -143,9 +143,9 @@ def test_redraws_find_the_rare_class():
 
 
 def test_class_share_ignores_unlabelled_pixels():
-    labels = np.array([[255, 255, 255, 1], [1, 1, 2, 255]], np.uint8)
-    assert transforms.class_share(labels) == 0.75
-    assert transforms.class_share(np.full((2, 2), 255, np.uint8)) == 1.0
+    for labels, share in (([[255, 255, 255, 1], [1, 1, 2, 255]], 0.75), ([[255, 255]], 1.0)):
+        counts = transforms.label_counts(Image.fromarray(np.array(labels, np.uint8)))
+        assert transforms.class_share(counts) == share
 
 
 def test_palette_masks_are_read_as_indices_and_grey_images_as_rgb():
@@ -157,6 +157,13 @@ def test_palette_masks_are_read_as_indices_and_grey_images_as_rgb():
     transform = WeakTransform(crop=(10, 10), flip=0)
     sample = transform(encode(np.full((10, 10), 77, np.uint8)), buffer.getvalue(), np.random.default_rng(0))
     assert (sample.labels == index).all() and (sample.image == 77).all()
+
+
+def test_whole_images_decode_to_rgb():
+    grey = transforms.decode_image(encode(np.full((4, 6), 77, np.uint8)))
+    assert (np.asarray(grey) == 77).all() and np.asarray(grey).shape == (4, 6, 3)
+    with pytest.raises(InputError, match="image_id 'x'"):
+        transforms.decode_image(b"", "x")
 
 
 def test_bad_rows_name_their_image():

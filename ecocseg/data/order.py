@@ -208,7 +208,8 @@ class _RareClassPasses:
         self.mean = self.member @ self.class_weight
         self.mean *= self.length / self.mean.sum()
         ascending = np.sort(self.mean)
-        most = ascending[min(np.searchsorted(np.cumsum(ascending), 0.99 * self.length), self.length - 1)]
+        enough = int(np.searchsorted(np.cumsum(ascending), 0.99 * self.length))
+        most = ascending[min(enough, self.length - 1)]
         self.num_rounds = int(np.clip(np.ceil(most), 1, MAX_ROUNDS))
         self._rounds = lru_cache(maxsize=1)(self._plan)
 

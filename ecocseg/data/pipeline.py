@@ -1,0 +1,335 @@
+"""A stream: the shards of one data set as an endless sequence of global batches, of which each rank gets its slice.
+
+Order (order.py) -> items (reading.py) -> Ray Data tasks or threads read encoded rows -> one thread puts rows in order
+and hands them to decode threads, which write crops straight into the batch -> the consumer. Every queue is bounded;
+the memory a rank holds is one window per lane and `prefetch_bytes`, whatever the size of the set. Legend: B samples
+of a micro-batch, H W pixels of the crop.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ecocseg.data.order import Ints, Order, RareClass, default_lanes, stream_key
+from ecocseg.data.reading import Item, RaySource, ThreadSource, WindowRows, plan_items, read_rows, table_rows
+from ecocseg.data.transforms import IGNORE, WeakTransform
+from ecocseg.errors import InputError
+
+if TYPE_CHECKING:
+    from ecocseg.data.shards import Manifest
+    from ecocseg.storage import Storage
+
+WINDOW_BYTES = 256 << 20  # encoded bytes of the windows of all lanes; each rank holds its share
+WINDOW_ROWS = (16, 256)  # bounds of a window's rows; more rows mix better
+
+__all__ = ["Batch", "RareClass", "Stream", "window_rows"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the host."""
+
+    image: torch.Tensor  # uint8 [B, 3, H, W], RGB
+    labels: torch.Tensor | None  # int64 [B, H, W], 255 = ignored; None if masks were not asked for
+    valid: torch.Tensor  # bool [B, H, W], False on padding
+    positions: torch.Tensor  # int64 [B], places in the stream's sequence
+    image_ids: list[str]
+
+
+@dataclass
+class _Pending:
+    batches: list[Batch]
+    samples: list[Future] = field(default_factory=list)
+
+
+def window_rows(manifest: Manifest, lanes: int) -> int:
+    """Rows of a shuffle window, from the mean size of a row: a function of the set and the lanes alone."""
+    return int(np.clip(WINDOW_BYTES // (lanes * max(1.0, _row_bytes(manifest))), *WINDOW_ROWS))
+
+
+def _row_bytes(manifest: Manifest) -> float:
+    return sum(file.bytes for file in manifest.files) / max(1, manifest.num_rows)
+
+
+class Stream:
+    """Iterating yields, step by step and for ever, a list of `micro_batches` Batches: this rank's slice of the global
+    batch.
+
+    A step's content is a pure function of (manifest, name, seed, global_batch, sampling, transform, lanes, step): the
+    same for any `world` that divides the lanes, any `start_step`, and either loader. `loader="ray"` needs a Ray
+    runtime; `"torch"` reads with threads of this process. `columns` are the shard columns to read; leave out "mask"
+    to stream without labels. `wait_seconds` is the time the consumer has waited so far. InputError for arguments that
+    do not fit together and rows that do not decode; RuntimeError naming the stage if there is no batch within
+    `timeout_s` seconds. Close it when done.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        name: str,
+        seed: int,
+        global_batch: int,
+        transform: WeakTransform,
+        sampling: Literal["uniform", "rare_class"] = "uniform",
+        rare_class: RareClass | None = None,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        lanes: int | None = None,
+        loader: Literal["ray", "torch"] = "ray",
+        micro_batches: int = 1,
+        prefetch_bytes: int = 64 << 20,
+        decode_threads: int = 2,
+        read_cpus: float = 0.25,
+        storage: Storage | None = None,
+        columns: Sequence[str] = ("image_id", "image", "mask"),
+        timeout_s: float = 300.0,
+    ):
+        from ecocseg.storage import Storage as DefaultStorage
+
+        self.manifest, self.name, self.seed, self.transform = manifest, name, seed, transform
+        self.storage = storage or DefaultStorage()
+        self.columns = tuple(dict.fromkeys(("image_id", *columns)))
+        self.order = self._make_order(global_batch, lanes, sampling, rare_class)
+        self.order.check_world(world)
+        self.rank, self.world, self.step = rank, world, start_step
+        self.width = global_batch // world
+        if micro_batches < 1 or self.width % micro_batches:
+            fitting = [d for d in range(1, self.width + 1) if self.width % d == 0]
+            raise InputError(
+                f"stream {name!r}: {self.width} samples per worker do not split into {micro_batches} equal "
+                f"micro-batches; use one of {fitting}"
+            )
+        if loader not in ("ray", "torch"):
+            raise InputError(f"data.loader={loader!r} is unknown; use ray or torch")
+        self.micro_batches, self.timeout_s, self.wait_seconds = micro_batches, timeout_s, 0.0
+        self._loader, self._prefetch, self._read_cpus = loader, prefetch_bytes, read_cpus
+        self._stage = "planning"
+        self._stopped = threading.Event()
+        ahead = max(1, -(-2 * decode_threads // self.width))
+        self._steps: queue.Queue[_Pending | BaseException] = queue.Queue(maxsize=ahead)
+        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="ecocseg-decode")
+        self._source: RaySource | ThreadSource | None = None
+        self._thread: threading.Thread | None = None
+
+    def _make_order(self, global_batch: int, lanes: int | None, sampling: str, rare: RareClass | None) -> Order:
+        lanes = lanes or default_lanes(global_batch)
+        make = partial(
+            Order,
+            self.manifest.row_group_table(),
+            seed=self.seed,
+            stream=self.name,
+            global_batch=global_batch,
+            lanes=lanes,
+            window_rows=window_rows(self.manifest, lanes),
+        )
+        if sampling == "uniform":
+            return make()
+        if sampling != "rare_class":
+            raise InputError(f"stream {self.name!r}: sampling={sampling!r} is unknown; use uniform or rare_class")
+        from ecocseg.data.shards import read_metadata
+
+        column = read_metadata(self.manifest, ["class_pixels"], self.storage).column("class_pixels")
+        return make(rare=rare or RareClass(), class_pixels=class_pixel_array(column, self.manifest.classes.num_classes))
+
+    def start(self) -> Stream:
+        """Begin to read ahead; iterating does so by itself."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name=f"ecocseg-stream-{self.name}")
+            self._thread.start()
+        return self
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        began = time.perf_counter()
+        try:
+            return self._next(began + self.timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+
+    def _next(self, deadline: float) -> list[Batch]:
+        if self._stopped.is_set():
+            raise RuntimeError(f"stream {self.name!r} is closed")
+        self.start()
+        try:
+            pending = self._steps.get(timeout=max(0.0, deadline - time.perf_counter()))
+        except queue.Empty:
+            raise self._late(self._stage) from None
+        if isinstance(pending, BaseException):
+            raise pending
+        for sample in pending.samples:
+            try:
+                sample.result(timeout=max(0.0, deadline - time.perf_counter()))
+            except FutureTimeout:
+                raise self._late("decoding") from None
+        self.step += 1
+        return pending.batches
+
+    def _late(self, stage: str) -> RuntimeError:
+        return RuntimeError(
+            f"stream {self.name!r}, step {self.step}: no batch for {self.timeout_s:g} s, stuck while {stage}; "
+            "check that the storage answers and that the cluster has CPUs left for ingest"
+        )
+
+    def close(self) -> None:
+        """Stop threads and reading; what is under way is dropped."""
+        self._stopped.set()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        if self._source is not None:
+            self._source.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """Thread: read, put in order, hand to the decoders."""
+        try:
+            items = self._plan()
+            read = partial(read_rows, manifest=self.manifest, storage=self.storage, columns=self.columns)
+            if self._loader == "ray":
+                self._source = RaySource(items, read, self._prefetch, self._read_cpus)
+            else:
+                self._source = ThreadSource(items, read, self._prefetch)
+            step, lanes = self.step, _Lanes(self.order, self.rank, self.world, self._receive)
+            while not self._stopped.is_set():
+                self._put(self._submit(step, lanes.take(step)))
+                step += 1
+        except BaseException as error:  # whatever it is, the consumer has to hear of it
+            self._put(error)
+        finally:
+            if self._source is not None:
+                self._source.close()
+
+    def _plan(self) -> Iterator[Item]:
+        items = plan_items(self.order, _row_bytes(self.manifest), self.rank, self.world, self.step)
+        while True:
+            self._stage = "planning"
+            item = next(items)
+            self._stage = "reading"
+            yield item
+
+    def _put(self, what: _Pending | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._steps.put(what, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _receive(self) -> tuple[Item, pa.Table]:
+        assert self._source is not None
+        self._stage = "reading"
+        if self._stopped.is_set():
+            raise RuntimeError("stream closed")
+        item, result = next(self._source)
+        self._stage = f"reading {item.describe(self.manifest)}"
+        while True:
+            if self._stopped.is_set():
+                raise RuntimeError("stream closed")
+            try:
+                table = result.result(timeout=0.2)
+                break
+            except FutureTimeout:
+                if result.done():
+                    raise
+        if table.num_rows != item.request.shape[1]:
+            raise RuntimeError(f"expected {item.describe(self.manifest)} but {table.num_rows} rows came")
+        self._stage = "decoding"
+        return item, table
+
+    def _submit(self, step: int, rows: list[tuple[tuple, int]]) -> _Pending:
+        """Allocate the step's batches and start decoding into them."""
+        size, (height, width) = self.width // self.micro_batches, self.transform.crop
+        start = step * self.order.global_batch + self.rank * self.width
+        pending = _Pending([])
+        for begin in range(0, self.width, size):
+            part = rows[begin : begin + size]
+            labels = torch.empty((size, height, width), dtype=torch.int64) if "mask" in self.columns else None
+            batch = Batch(
+                torch.empty((size, 3, height, width), dtype=torch.uint8),
+                labels,
+                torch.empty((size, height, width), dtype=torch.bool),
+                torch.arange(start + begin, start + begin + size),
+                [row[0] for row, _ in part],
+            )
+            pending.batches.append(batch)
+            for i, (row, focus) in enumerate(part):
+                pending.samples.append(self._decoders.submit(self._decode, batch, i, row, focus, start + begin + i))
+        return pending
+
+    def _decode(self, batch: Batch, i: int, row: tuple, focus: int, position: int) -> None:
+        image_id, image, mask = row
+        rng = np.random.default_rng([self.seed, stream_key(self.name), position])
+        sample = self.transform(image, mask, rng, focus if focus >= 0 else None, image_id=image_id)
+        batch.image.numpy()[i] = sample.image
+        batch.valid.numpy()[i] = sample.valid
+        if batch.labels is not None:
+            batch.labels.numpy()[i] = IGNORE if sample.labels is None else sample.labels
+
+
+class _Lanes:
+    """Windows of a rank's lanes, taken from row by row; receives items until the next rows are there."""
+
+    def __init__(self, order: Order, rank: int, world: int, receive: Callable[[], tuple[Item, pa.Table]]):
+        first, last = rank * order.lanes // world, (rank + 1) * order.lanes // world
+        self._width, self._receive = order.lane_width, receive
+        self._windows: dict[int, deque[WindowRows]] = {lane: deque() for lane in range(first, last)}
+
+    def take(self, step: int) -> list[tuple[tuple, int]]:
+        """(row, focus class) of this rank's slice of `step`; steps must be taken in turn."""
+        taken = []
+        for windows in self._windows.values():
+            for k in range(step * self._width, (step + 1) * self._width):
+                while not windows or windows[0].missing:
+                    self._place(*self._receive())
+                head = windows[0]
+                at = k - head.window.first
+                row, head.rows[at] = head.rows[at], None
+                assert row is not None, "rows out of order"
+                taken.append((row, int(head.window.focus[at])))
+                if at + 1 == len(head.rows):
+                    windows.popleft()
+        return taken
+
+    def _place(self, item: Item, table: pa.Table) -> None:
+        rows = list(table_rows(table))
+        for piece in item.pieces:
+            target = piece.window
+            for place, index in zip(piece.places.tolist(), piece.index.tolist(), strict=True):
+                target.rows[place] = rows[index]
+            target.missing -= 1
+            if not target.queued:
+                target.queued = True
+                self._windows[target.window.lane].append(target)
+
+
+def class_pixel_array(column: pa.ChunkedArray, num_classes: int) -> Ints:
+    """Lists of pixel counts as int64 [n, N]; rows without a mask count nothing."""
+    pixels = np.zeros((len(column), num_classes), np.int64)
+    labelled = np.asarray(column.is_valid())
+    values = column.drop_null().combine_chunks().flatten()
+    pixels[labelled] = np.asarray(values, np.int64).reshape(-1, num_classes)
+    return pixels

@@ -1,0 +1,294 @@
+"""What a rank reads, in which portions, and who reads it: Ray Data tasks or threads of this process, with the same
+result.
+
+`plan_items` turns the windows of an order into items: portions of about 64 rows or 8 MB, made of whole row groups
+where a window needs them whole, each row at most once. A source answers every item with a table, in the items' order,
+and reads ahead only so many bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ecocseg.data.order import Ints, Order, Window
+from ecocseg.errors import InputError
+
+if TYPE_CHECKING:
+    from ecocseg.data.shards import Manifest
+    from ecocseg.storage import Storage
+
+ITEM_ROWS = 64  # distinct rows of an item, about
+ITEM_BYTES = 8 << 20  # encoded bytes of an item, about
+ITEM_USES = 1024  # rows an item may serve, counting repetitions; small sets repeat a lot
+EXECUTION_ITEMS = (32, 128, 512)  # items of the first, second and every further Ray Data execution
+READ_TASKS = 2  # reads under way at once, per stream
+
+
+@dataclass(eq=False)
+class WindowRows:
+    """A window on its way: `rows[i]` is (image_id, image, mask) of its i-th row once that has come."""
+
+    window: Window
+    missing: int  # pieces that have not come yet
+    rows: list[tuple | None]
+    queued: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one item that belong to one window: row `index[i]` of the item goes to place `places[i]` of the window."""
+
+    window: WindowRows
+    places: Ints
+    index: Ints
+
+
+@dataclass(frozen=True)
+class Item:
+    """One portion to read: `request` int64 [3, m] holds file, group and row in group of its m rows, sorted and
+    distinct.
+    """
+
+    number: int
+    request: Ints
+    num_bytes: int  # estimate
+    pieces: list[Piece] = field(repr=False)
+
+    def describe(self, manifest: Manifest) -> str:
+        names = sorted({manifest.files[i].name for i in self.request[0].tolist()})
+        return f"{self.request.shape[1]} rows of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+
+
+def plan_items(order: Order, row_bytes: float, rank: int, world: int, start_step: int) -> Iterator[Item]:
+    """Items of one rank from `start_step` on, for ever, in the order in which their rows are needed first."""
+    group_span, row_span = int(order.group.max()) + 1, int(order.group_rows.max())
+    sizes = dict(zip((order.file * group_span + order.group).tolist(), order.group_rows.tolist(), strict=True))
+    open_pieces: list[tuple[WindowRows, Ints, Ints]] = []
+    groups: set[int] = set()
+    uses = distinct = number = 0
+    for window in order.windows(rank, world, start_step):
+        group_keys = window.file * group_span + window.group
+        places = np.argsort(group_keys, kind="stable")
+        parts = np.split(places, np.flatnonzero(np.diff(group_keys[places])) + 1)
+        state = WindowRows(window, len(parts), [None] * len(window.row))
+        for part in parts:
+            group = int(group_keys[part[0]])
+            open_pieces.append((state, part, group * row_span + window.row[part]))
+            uses += len(part)
+            if group not in groups:
+                groups.add(group)
+                distinct += sizes[group]
+            rows = min(uses, distinct)
+            if rows >= ITEM_ROWS or rows * row_bytes >= ITEM_BYTES or uses >= ITEM_USES:
+                yield _close_item(number, open_pieces, group_span, row_span, row_bytes)
+                open_pieces, groups, uses, distinct, number = [], set(), 0, 0, number + 1
+
+
+def _close_item(
+    number: int, pieces: list[tuple[WindowRows, Ints, Ints]], group_span: int, row_span: int, row_bytes: float
+) -> Item:
+    keys, inverse = np.unique(np.concatenate([keys for _, _, keys in pieces]), return_inverse=True)
+    group, row = np.divmod(keys, row_span)
+    ends = np.cumsum([len(places) for _, places, _ in pieces])
+    index = np.split(inverse, ends[:-1])
+    request = np.stack([*np.divmod(group, group_span), row])
+    placed = [Piece(state, places, i) for (state, places, _), i in zip(pieces, index, strict=True)]
+    return Item(number, request, int(len(keys) * row_bytes), placed)
+
+
+def read_rows(request: Ints, manifest: Manifest, storage: Storage, columns: Sequence[str]) -> pa.Table:
+    """Rows of an item as one table, in the request's order; each row group is opened once."""
+    from ecocseg.data.shards import read_row_group
+
+    tables = []
+    borders = np.flatnonzero(np.diff(request[:2]).any(axis=0)) + 1
+    for part in np.split(request, borders, axis=1):
+        table = read_row_group(manifest, int(part[0, 0]), int(part[1, 0]), list(columns), storage)
+        rows = part[2]
+        if len(rows) == table.num_rows:
+            tables.append(table)
+        elif rows[-1] - rows[0] + 1 == len(rows):
+            tables.append(table.slice(int(rows[0]), len(rows)))
+        else:
+            tables.append(table.take(pa.array(rows)))
+    return pa.concat_tables(tables)
+
+
+class ThreadSource:
+    """Reads items by threads of this process; `limit_bytes` bounds what is read ahead (at least one item)."""
+
+    def __init__(self, items: Iterator[Item], read: Callable[[Ints], pa.Table], limit_bytes: int):
+        self._items, self._read, self._limit = items, read, limit_bytes
+        self._pool = ThreadPoolExecutor(READ_TASKS, thread_name_prefix="ecocseg-read")
+        self._ahead: deque[tuple[Item, Future]] = deque()
+
+    def __next__(self) -> tuple[Item, Future]:
+        """Next item and the future of its table."""
+        while len(self._ahead) < 2 or sum(item.num_bytes for item, _ in self._ahead) < self._limit:
+            if len(self._ahead) >= 4 * READ_TASKS:
+                break
+            item = next(self._items)
+            self._ahead.append((item, self._pool.submit(self._read, item.request)))
+        return self._ahead.popleft()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_block(block: pa.Table, read: Callable[[Ints], pa.Table]) -> pa.Table:
+    """Ray Data task: one item in, its rows out."""
+    request = np.frombuffer(block.column("request")[0].as_py(), np.int64).reshape(3, -1)
+    return read(request)
+
+
+class _Execution:
+    """One Ray Data execution over a bounded list of items, drained by a thread of its own."""
+
+    def __init__(self, items: list[Item], read: Callable[[Ints], pa.Table], read_cpus: float, limit_bytes: int):
+        self.items = items
+        self._blocks: queue.Queue[pa.Table | BaseException] = queue.Queue(maxsize=2)
+        self._stop = threading.Event()
+        self._rest: list[pa.Table] = []
+        self._read, self._read_cpus, self._limit = read, read_cpus, limit_bytes
+        self._thread = threading.Thread(target=self._run, daemon=True, name="ecocseg-ray-data")
+        self._thread.start()
+
+    def _dataset(self) -> Any:
+        import ray.data
+        from ray.data import ExecutionResources, TaskPoolStrategy
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every execution
+        plan = [{"request": item.request.tobytes()} for item in self.items]
+        dataset = ray.data.from_items(plan, override_num_blocks=len(plan)).map_batches(
+            partial(_read_block, read=self._read),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=self._read_cpus,
+            compute=TaskPoolStrategy(size=READ_TASKS),
+            zero_copy_batch=True,
+        )
+        context = dataset.context
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            cpu=self._read_cpus * READ_TASKS, object_store_memory=self._limit
+        )
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_no_progress_timeout_s = -1  # a slow consumer is no fault; the stream has its own watchdog
+        return dataset
+
+    def _run(self) -> None:
+        try:
+            batches = iter(self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+            for block in batches:
+                if not self._put(block):
+                    break
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()  # stops the execution now, not when it is collected
+        except BaseException as error:  # whatever it is, the consumer has to hear of it
+            self._put(error)
+
+    def _put(self, block: pa.Table | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._blocks.put(block, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def take(self, item: Item, stopped: Callable[[], bool]) -> pa.Table:
+        """Table of the next item. Ray Data may have cut it into several blocks."""
+        wanted, blocks = item.request.shape[1], self._rest
+        self._rest = []
+        while sum(block.num_rows for block in blocks) < wanted:
+            try:
+                block = self._blocks.get(timeout=0.2)
+            except queue.Empty:
+                if stopped():
+                    raise RuntimeError("stream closed") from None
+                if not self._thread.is_alive() and self._blocks.empty():
+                    raise RuntimeError("Ray Data ended an execution before all its rows had come") from None
+                continue
+            if isinstance(block, BaseException):
+                raise _input_error(block) or block
+            blocks.append(block)
+        table = pa.concat_tables(blocks)
+        if table.num_rows > wanted:
+            self._rest = [table.slice(wanted)]
+        return table.slice(0, wanted)
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+
+def _input_error(error: BaseException) -> InputError | None:
+    """The InputError inside a chain of Ray's wrappers."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, InputError):
+            return InputError(str(getattr(seen, "cause", seen)))
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
+
+
+class RaySource:
+    """Reads items by Ray Data: executions of bounded length, the next begun before the last ends."""
+
+    def __init__(self, items: Iterator[Item], read: Callable[[Ints], pa.Table], limit_bytes: int, read_cpus: float):
+        self._items = items
+        self._begin = partial(_Execution, read=read, read_cpus=read_cpus, limit_bytes=limit_bytes)
+        self._sizes = iter(EXECUTION_ITEMS)
+        self._executions: deque[_Execution] = deque()
+        self._closed = threading.Event()
+        self._tables = self._iterate()
+
+    def _start(self) -> None:
+        size = next(self._sizes, EXECUTION_ITEMS[-1])
+        self._executions.append(self._begin(list(islice(self._items, size))))
+
+    def _iterate(self) -> Iterator[tuple[Item, Future]]:
+        self._start()
+        while True:
+            current = self._executions[0]
+            for count, item in enumerate(current.items):
+                if count == len(current.items) * 3 // 4:
+                    self._start()
+                result: Future = Future()
+                result.set_result(current.take(item, self._closed.is_set))
+                yield item, result
+            current.close()
+            self._executions.popleft()
+
+    def __next__(self) -> tuple[Item, Future]:
+        return next(self._tables)
+
+    def close(self) -> None:
+        self._closed.set()
+        for execution in list(self._executions):
+            execution.close()
+        for execution in list(self._executions):
+            execution.join(5)
+
+
+def table_rows(table: pa.Table) -> Iterable[tuple]:
+    """(image_id, image, mask or None) of every row, copied out of the table so that its memory can go."""
+    columns = [table.column(n).to_pylist() if n in table.column_names else None for n in ("image_id", "image", "mask")]
+    ids, images, masks = columns
+    return zip(ids or [], images or [], masks or [None] * table.num_rows, strict=True)
