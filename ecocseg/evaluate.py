@@ -22,7 +22,7 @@ from ecocseg.data.transforms import IGNORE, decode_image, decode_mask
 from ecocseg.errors import InputError
 
 NUM_BINS = 15  # equal-width bins over [0, 1], bin i = (i / 15, (i + 1) / 15]; Guo et al. 2017
-CONFIDENCE_UNIT = 1 << 20  # confidences are summed as integers of this unit (rounding error below 5e-7 per value)
+CONFIDENCE_UNIT = NUM_BINS * 1024  # confidences are counted in steps of 1 / this; rounding moves none by over 3.3e-5
 _CALIBRATION_CHUNK = 1 << 22  # values binned at a time, which bounds the memory of the int64 bin indices
 
 
@@ -238,13 +238,15 @@ def calibration_counts(probabilities_BKHW: Tensor, labels_BHW: Tensor, coding: A
 
 
 def _bin(confidence: Tensor, right: Tensor, known: Tensor) -> Tensor:
-    bins = (confidence * NUM_BINS).ceil().long().sub_(1).clamp_(0, NUM_BINS - 1)
-    cells = torch.where(known, 2 * bins + right, 2 * NUM_BINS).reshape(-1)  # one spare cell for ignored pixels
-    units = (confidence.double() * CONFIDENCE_UNIT).round().reshape(-1)
-    counts = torch.bincount(cells, minlength=2 * NUM_BINS + 1)[:-1].view(NUM_BINS, 2)
-    # whole numbers below 2^53 add up exactly in float64, so these sums are exact too
-    sums = torch.bincount(cells, weights=units, minlength=2 * NUM_BINS + 1)[:-1].view(NUM_BINS, 2).sum(dim=1)
-    return torch.stack([counts.sum(dim=1), counts[:, 1], sums.round().long()], dim=1)
+    """Count values by rounded confidence and by being right, then gather the fine counts into bins."""
+    num_levels = CONFIDENCE_UNIT + 1
+    cells = (confidence.nan_to_num(0.0) * CONFIDENCE_UNIT).round_().to(torch.int32).mul_(2).add_(right)
+    cells = torch.where(known, cells, 2 * num_levels).reshape(-1)  # one spare cell for ignored pixels
+    counts = torch.bincount(cells, minlength=2 * num_levels + 1)[:-1].view(num_levels, 2)
+    level = torch.arange(num_levels, device=counts.device)
+    per_level = torch.stack([counts.sum(dim=1), counts[:, 1], counts.sum(dim=1) * level], dim=1)
+    bins = (level - 1).clamp_min(0) // (CONFIDENCE_UNIT // NUM_BINS)
+    return torch.zeros(NUM_BINS, 3, dtype=torch.int64, device=counts.device).index_add_(0, bins, per_level)
 
 
 @dataclass(frozen=True)
