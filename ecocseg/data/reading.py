@@ -48,7 +48,7 @@ class WindowRows:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one item that belong to one window: row `index[i]` of the item goes to place `places[i]` of the window."""
+    """Rows of one item for one window: row `index[i]` of the item goes to place `places[i]` of the window."""
 
     window: WindowRows
     places: Ints
@@ -148,9 +148,12 @@ class ThreadSource:
 
 
 def _read_block(block: pa.Table, read: Callable[[Ints], pa.Table]) -> pa.Table:
-    """Ray Data task: one item in, its rows out."""
+    """Ray Data task: one item in, its rows out. Bad input comes back as a row: Ray Data drops the type."""
     request = np.frombuffer(block.column("request")[0].as_py(), np.int64).reshape(3, -1)
-    return read(request)
+    try:
+        return read(request)
+    except InputError as error:
+        return pa.table({"input_error": [str(error)]})
 
 
 class _Execution:
@@ -224,7 +227,9 @@ class _Execution:
                     raise RuntimeError("Ray Data ended an execution before all its rows had come") from None
                 continue
             if isinstance(block, BaseException):
-                raise _input_error(block) or block
+                raise block
+            if "input_error" in block.column_names:
+                raise InputError(block.column("input_error")[0].as_py())
             blocks.append(block)
         table = pa.concat_tables(blocks)
         if table.num_rows > wanted:
@@ -236,16 +241,6 @@ class _Execution:
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
-
-
-def _input_error(error: BaseException) -> InputError | None:
-    """The InputError inside a chain of Ray's wrappers."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, InputError):
-            return InputError(str(getattr(seen, "cause", seen)))
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
 
 
 class RaySource:
