@@ -359,11 +359,12 @@ def job(name: str) -> ModuleType:
 @pytest.fixture
 def checkpoint(monkeypatch):
     """What loading a checkpoint would give, for jobs that are handed the name of one."""
+    from ecocseg.config import RunConfig
     from ecocseg.data.classes import ClassList
 
     loaded = SimpleNamespace(
         model=context_model(K), coding=ecoc(), class_list=ClassList("toy", NAMES, COLOURS), normalize=Normalize(),
-        step=7, spec=EvalSpec(), config=SimpleNamespace(engine=SimpleNamespace(precision="fp32")))  # fmt: skip
+        step=7, spec=EvalSpec(), config=RunConfig())  # fmt: skip
 
     def load(path, which, storage, device):
         if which == "teacher":
