@@ -14,9 +14,10 @@ import numpy as np
 
 from ecocseg import hadamard
 
-PLANS = 6  # number of Hadamard combinations built per request
+PLANS = 4  # number of Hadamard combinations built per request and way of breaking ties
+SHORTENINGS = 4  # number of columns tried for a shortened code without repeated columns
 CELLS_DENSE = 20_000_000  # N * N * K above which the quadratic searches are left out: a second or two on one core
-CELLS_ROWS = 8_000_000  # matrix cells the column-separation search may touch per candidate
+CELLS_ROWS = 16_000_000  # matrix cells the column-separation search may touch per candidate
 LEXICODE_BITS = 12
 
 
@@ -144,9 +145,16 @@ def hadamard_plans(num_classes: int, length: int) -> list[list[Block]]:
     blocks = blocks_for(num_classes, longest)
     if not blocks:
         return []
+    plans = []
+    for price in (1, 8):  # distance first, then few blocks; then few shortened ones, whose columns may repeat
+        plans += [plan for plan in _best_plans(blocks, price, longest, length) if plan not in plans]
+    return plans
+
+
+def _best_plans(blocks: list[Block], price: int, longest: int, length: int) -> list[list[Block]]:
     lengths = np.array([b.length for b in blocks])
-    many = 4 * longest
-    worth = np.array([b.distance for b in blocks]) * many - 1  # distance first, then few blocks
+    many = 16 * longest
+    worth = np.array([b.distance * many - (price if b.kind == "shortened" else 1) for b in blocks])
     value = np.zeros(longest + 1, dtype=np.int64)
     last = np.full(longest + 1, -1)
     for total in range(1, longest + 1):
@@ -173,15 +181,19 @@ def hadamard_plans(num_classes: int, length: int) -> list[list[Block]]:
 
 def block_words(block: Block, rng: np.random.Generator) -> np.ndarray:
     """All words of a block, from a randomly normalised Hadamard matrix, so that two blocks of a kind differ."""
-    matrix = hadamard.hadamard(block.order)
-    assert matrix is not None
-    matrix = matrix[:, rng.permutation(block.order)]
+    matrix = hadamard.shuffled(block.order, rng)
     if block.kind == "full":
         return np.concatenate([matrix, -matrix])
     matrix = matrix * matrix[:, :1]
     if block.kind == "punctured":
         return np.asarray(matrix[:, 1:])
-    return np.asarray(matrix[matrix[:, 1] == 1, 2:])
+    for column in range(1, min(block.order, SHORTENINGS + 1)):
+        rows = matrix[matrix[:, column] == 1]
+        words = np.delete(rows, [0, column], axis=1)
+        alike = np.abs(gram(words.T)) == len(words)
+        if alike.sum() == block.length:  # each column only like itself
+            break
+    return words
 
 
 def combine(plan: list[Block], num_classes: int, length: int, rng: np.random.Generator) -> Candidate:
@@ -273,7 +285,8 @@ def greedy_candidates(
             words = np.concatenate([words, dividing_column(words, rng)[:, None]], axis=1)
         out.append(words)
         starts = [words, best[1]] if best else [words]
-        out += [w for start in starts if (w := redraw_columns(start, bound, rng)) is not None]
+        redrawn = (redraw_columns(start, bound, again, rng) for start in starts for again in (False, True))
+        out += [words for words in redrawn if words is not None]
     return out
 
 
@@ -297,8 +310,11 @@ def lexicodes(num_classes: int, length: int, least: int, bound: int, rng: np.ran
     return out
 
 
-def redraw_columns(words: np.ndarray, bound: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Take columns out and put better ones in, as long as pairs at the least distance get fewer."""
+def redraw_columns(words: np.ndarray, bound: int, repeats: bool, rng: np.random.Generator) -> np.ndarray | None:
+    """Take columns out and put better ones in, as long as pairs at the least distance get fewer; None if they do not.
+
+    Columns that repeat another one are put in only if `repeats`.
+    """
     num_classes, length = words.shape
     budget = CELLS_DENSE // (num_classes * num_classes)
     sweeps = min(4, budget // (4 * length))
@@ -311,7 +327,10 @@ def redraw_columns(words: np.ndarray, bound: int, rng: np.random.Generator) -> n
     for _ in range(sweeps):
         for column in rng.permutation(length):
             rest = np.delete(current, column, axis=1)
-            trial = np.insert(rest, column, dividing_column(rest, rng), axis=1)
+            new = dividing_column(rest, rng)
+            if not repeats and np.abs(rest.T.astype(np.int32) @ new).max(initial=0) == num_classes:
+                continue
+            trial = np.insert(rest, column, new, axis=1)
             if (trial_rank := key(trial)) >= rank:
                 current, rank = trial, trial_rank
         if rank[0] >= bound:
@@ -350,9 +369,13 @@ def separate_columns(candidate: Candidate, rng: np.random.Generator) -> np.ndarr
     cost = int(penalty[np.abs(product)].sum())
     starts = np.cumsum([0, *(pool.shape[1] for pool in candidate.pools)])
     movable = [c for c, pool in enumerate(candidate.pools) if len(candidate.pools) > 1 or len(pool) > num_classes]
+    block_of = np.repeat(np.arange(len(candidate.pools)), np.diff(starts))
+    worst = np.flatnonzero(np.abs(product).max(axis=0) == np.abs(product).max())
     index = [i.copy() for i in candidate.index]
-    for _ in range(int(np.clip(CELLS_ROWS // (length + 1) ** 2, 30, 1500)) if movable else 0):
+    for turn in range(int(np.clip(CELLS_ROWS // (length + 1) ** 2, 30, 1500)) if movable else 0):
         block, row = movable[rng.integers(len(movable))], int(rng.integers(num_classes))
+        if turn % 2 and (column := worst[rng.integers(len(worst))]) < len(block_of) and block_of[column] in movable:
+            block = int(block_of[column])  # every other move is made where columns are most alike
         new = int(rng.integers(len(candidate.pools[block])))
         holder = np.flatnonzero(index[block] == new)
         if len(holder) and (holder[0] == row or len(candidate.pools) == 1):
@@ -374,6 +397,8 @@ def separate_columns(candidate: Candidate, rng: np.random.Generator) -> np.ndarr
             continue
         index[block][rows] = [new, index[block][row]][: len(rows)]
         product, cost = trial, trial_cost
+        alike = np.abs(product)
+        worst = np.flatnonzero(alike.max(axis=0) == alike.max())
     return np.asarray(state[:, :length])
 
 

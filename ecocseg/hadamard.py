@@ -114,6 +114,24 @@ def hadamard(order: int) -> np.ndarray | None:
     return matrix
 
 
+def shuffled(order: int, rng: np.random.Generator) -> np.ndarray:
+    """A random Hadamard matrix [order, order] of +-1, int8, of an order in `orders()`.
+
+    Columns are permuted, and where half the order exists too, [[A, A], [B, -B]] of two random halves (or its transpose)
+    is often taken: Sylvester matrices alone hold many triples of dependent columns.
+    """
+    if order >= 8 and _recipe(order // 2) and (_recipe(order) or ("",))[0] == "kronecker" and rng.random() < 0.75:
+        upper, lower = shuffled(order // 2, rng), shuffled(order // 2, rng)
+        matrix = np.block([[upper, upper], [lower, -lower]])
+        matrix = matrix.T if rng.random() < 0.5 else matrix
+    else:
+        plain = hadamard(order)
+        assert plain is not None
+        matrix = plain
+    signs = rng.choice(np.array([-1, 1], dtype=np.int8), size=(order, 1))
+    return np.asarray(signs * matrix[rng.permutation(order)][:, rng.permutation(order)])
+
+
 @lru_cache(maxsize=1)
 def orders() -> tuple[int, ...]:
     """All orders up to MAX_ORDER that `hadamard` builds, ascending."""

@@ -79,8 +79,8 @@ def main() -> None:
     from ecocseg.embeddings import SEPARATOR, encode
 
     names = all_names()
-    metadata = {"names": SEPARATOR.join(names), "encoder": "all-MiniLM-L6-v2"}
-    save_file({"embeddings": encode(names)}, out, metadata=metadata)
+    # One metadata key: with more, the library writes them in random order, and the file would differ each time.
+    save_file({"embeddings": encode(names)}, out, metadata={"names": SEPARATOR.join(names)})
     print(f"{len(names)} names, {out.stat().st_size / 1024:.0f} KiB -> {out}")
 
 
