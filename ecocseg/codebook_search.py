@@ -222,8 +222,8 @@ def columns_to_keep(words: np.ndarray, surplus: int, rng: np.random.Generator) -
         keep[rng.permutation(length)[:surplus]] = False
         return keep
     for _ in range(surplus):
-        part = words[:, keep].astype(np.float32)
-        nearness = closeness(words[:, keep]).astype(np.float32)
+        part = words[:, keep].astype(np.float64)  # sums stay below 2**53, so exact
+        nearness = closeness(words[:, keep]).astype(np.float64)
         need = -np.einsum("nk,nk->k", part, nearness @ part)  # more = separates nearer pairs
         least = np.flatnonzero(need == need.min())
         keep[np.flatnonzero(keep)[rng.choice(least)]] = False
