@@ -35,7 +35,7 @@ def unpack(words_XP: Tensor, num_bits: int) -> Tensor:
     bytes_XP8 = words_XP.contiguous().view(torch.uint8).view(len(words_XP), num_pixels, 8)  # little-endian everywhere
     bytes_LP = bytes_XP8.transpose(1, 2).contiguous().view(-1, 1, num_pixels)[: (num_bits + 7) // 8]
     masks_8 = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=words_XP.device)
-    return (bytes_LP & masks_8[:, None]).ne(0).view(-1, num_pixels)[:num_bits]
+    return (bytes_LP & masks_8[:, None]).ne(0).reshape(-1, num_pixels)[:num_bits]
 
 
 def popcount(words: Tensor) -> Tensor:
@@ -46,34 +46,53 @@ def popcount(words: Tensor) -> Tensor:
     return (x * 0x0101010101010101) >> 56
 
 
-def reliable_bits(q_KP: Tensor, scores_NP: Tensor, codes_NK: Tensor, threshold: float,
-                  max_candidates: int | None = None) -> Tensor:
-    """Reliable bit mining over all pixels given. Shape: bool [K, P].
+def first_argmax(scores_NP: Tensor) -> Tensor:
+    """Class of the largest score, the lowest id among equals. Shape: int64 [P].
+
+    Several passes that vectorise: 4 to 10 times faster on CPU than argmax over the first axis.
+    """
+    rank_N1 = torch.arange(len(scores_NP), 0, -1, dtype=torch.int16, device=scores_NP.device)[:, None]
+    return len(scores_NP) - (scores_NP == scores_NP.amax(0)).mul(rank_N1).amax(0).long()
+
+
+def all_ones(num_bits: int, device: torch.device) -> Tensor:
+    """A code of K ones. Shape: int64 [X, 1]."""
+    return pack(torch.ones(num_bits, 1, device=device))
+
+
+def reliable_words(q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor, words_XN: Tensor,
+                   threshold: float, max_candidates: int | None = None) -> Tensor:
+    """Reliable bit mining: which bits of each pixel are taken from its class's codeword. Shape: packed, int64 [X, P].
 
     Classes join the candidates nearest first (ties: lowest id first); bits on which all candidates' codewords agree are
     shared; a pixel is settled when its mean confidence q over the shared bits exceeds `threshold` (R = shared bits), or
     when none is left (R = 0). R is the shared bits too after the last class, and 0 when `max_candidates` classes, being
-    fewer than all, did not settle the pixel (the authors' code: 8). Memory is a few [K, P] tensors.
+    fewer than all, did not settle the pixel (the authors' code: 8). `labels_P` are the nearest classes, `confidence_P`
+    the mean of q over all bits: with one candidate every bit is shared, so it settles most pixels at once.
     """
-    num_classes = len(codes_NK)
+    num_bits, num_classes = len(q_KP), len(scores_NP)
     limit = num_classes if max_candidates is None else min(max_candidates, num_classes)
-    order_PN = scores_NP.t().sort(dim=1, descending=True, stable=True).indices
-    q_PK = q_KP.t().contiguous()
-    found_PK = torch.zeros(q_PK.shape, dtype=torch.bool, device=q_PK.device)
-    first_PK = codes_NK[order_PN[:, 0]]
-    shared_PK = torch.ones_like(found_PK)
-    pixel_P = torch.arange(len(q_PK), device=q_PK.device)  # those still open
-    for n in range(limit):
-        if n > 0:
-            shared_PK &= codes_NK[order_PN[:, n]] == first_PK
-        count_P = shared_PK.sum(1)
-        confident_P = (q_PK * shared_PK).sum(1) > threshold * count_P
-        if n == num_classes - 1:
-            confident_P |= True
-        found_PK[pixel_P[confident_P]] = shared_PK[confident_P]
-        open_P = (~confident_P & (count_P > 0)).nonzero().squeeze(1)
-        if len(open_P) == 0:
+    ones_X1 = all_ones(num_bits, q_KP.device)
+    found_XP = torch.where(confidence_P > threshold, ones_X1, 0)
+    pixel_U = (confidence_P <= threshold).nonzero().squeeze(1)  # those still open
+    shared_XU = ones_X1.expand(-1, len(pixel_U))
+    q_KU, scores_NU = q_KP.index_select(1, pixel_U), scores_NP.index_select(1, pixel_U)  # faster than q_KP[:, pixel_U]
+    nearest_U = labels_P[pixel_U]
+    first_XU = words_XN.index_select(1, nearest_U)
+    for n in range(2, limit + 1):
+        if len(pixel_U) == 0:
             break
-        pixel_P, order_PN, q_PK = pixel_P[open_P], order_PN[open_P], q_PK[open_P]
-        first_PK, shared_PK = first_PK[open_P], shared_PK[open_P]
-    return found_PK.t()
+        scores_NU.scatter_(0, nearest_U[None], -torch.inf)  # candidates already in leave the queue
+        nearest_U = first_argmax(scores_NU)
+        shared_XU = shared_XU & ~(words_XN.index_select(1, nearest_U) ^ first_XU)
+        count_U = popcount(shared_XU).sum(0)
+        sum_U = q_KU.mul(unpack(shared_XU, num_bits)).sum(0)
+        confident_U = sum_U / count_U.clamp_min(1) > threshold
+        settled_U = confident_U | (count_U == 0) | (n == num_classes)
+        # Confident or after the last class: R = shared bits, which are none where none is left.
+        found_XP[:, pixel_U] = torch.where(settled_U, shared_XU, 0)
+        open_V = settled_U.logical_not_().nonzero().squeeze(1)
+        pixel_U, nearest_U = pixel_U[open_V], nearest_U[open_V]
+        q_KU, scores_NU = q_KU.index_select(1, open_V), scores_NU.index_select(1, open_V)
+        shared_XU, first_XU = shared_XU.index_select(1, open_V), first_XU.index_select(1, open_V)
+    return found_XP

@@ -3,8 +3,8 @@
 A coding owns targets, decoding, pseudo-labels and loss. Methods, models and evaluation use this one interface and never
 ask which coding it is.
 
-Shapes: B batch, N classes, K outputs (bits), X 64-bit words per code, H W pixels, h w cells of the logits, P pixels of a
-strip of rows.
+Shapes: B batch, N classes, K outputs (bits), X 64-bit words per code, H W pixels, h w cells of the logits, P pixels of
+a strip of rows.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class EcocCoding(Coding):
         self.reliability, self.label_form, self.max_candidates = reliability, label_form, max_candidates
         self.loss_weights = EcocWeights(bce_weight, distance_weight, contrast_weight, temperature, contrast_negatives)
         self.align_corners = align_corners
-        self._codes_NK = torch.as_tensor(codebook.matrix).to(torch.bool).clone()
+        self._codes_NK = torch.tensor(codebook.matrix, dtype=torch.bool)
         self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,8 +202,7 @@ class EcocCoding(Coding):
         key = (device, dtype)
         if key not in self._tables:
             codes_NK = self._codes_NK.to(device)
-            signs_NK = codes_NK.to(dtype) * 2 - 1
-            self._tables[key] = _Tables(codes_NK, signs_NK, (~codes_NK).to(dtype).sum(1)[:, None],
+            self._tables[key] = _Tables(codes_NK.to(dtype) * 2 - 1, (~codes_NK).to(dtype).sum(1)[:, None],
                                         bit_words.pack(codes_NK.t()))
         return self._tables[key]
 
@@ -249,31 +248,28 @@ class EcocCoding(Coding):
         return target
 
     def _guess(self, logits_KP: Tensor) -> _Guess:
-        """Pseudo-labels of a strip: the class, and bits from its codeword where reliable, from their own sign elsewhere."""
+        """Pseudo-labels of a strip: the class; bits from its codeword where reliable, from their own sign elsewhere."""
         tables = self._on(logits_KP.device, logits_KP.dtype)
         bitwise_XP = bit_words.pack(logits_KP >= 0)
         p_KP = logits_KP.sigmoid()
         scores_NP = (tables.signs_NK @ p_KP).add_(tables.zeros_N1)
-        labels_P = scores_NP.argmax(0)
+        labels_P = bit_words.first_argmax(scores_NP)
         q_KP = torch.maximum(p_KP, 1 - p_KP)
         confidence_P = q_KP.sum(0) / self.num_outputs
         code_XP = tables.words_XN[:, labels_P]
-        mask_XP = self._reliable_words(q_KP, scores_NP, confidence_P, tables)
+        mask_XP = self._reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables)
         changed_XP = (code_XP ^ bitwise_XP) & mask_XP
-        reliable_P = bit_words.popcount(mask_XP & tables.all_ones_X1).sum(0).to(logits_KP.dtype) / self.num_outputs
+        reliable_P = bit_words.popcount(mask_XP).sum(0).to(logits_KP.dtype) / self.num_outputs
         return _Guess(labels_P, confidence_P, reliable_P, bitwise_XP ^ changed_XP, bit_words.popcount(changed_XP).sum())
 
-    def _reliable_words(self, q_KP: Tensor, scores_NP: Tensor, confidence_P: Tensor, tables: _Tables) -> Tensor:
-        """Mask of reliable bits, packed; bits beyond K may be anything. Shape: [X, P]."""
-        shape = (bit_words.num_words(self.num_outputs), q_KP.shape[1])
-        mask_XP = torch.full(shape, 0 if self.label_form == "bit" else -1, dtype=torch.int64, device=q_KP.device)
+    def _reliable_words(self, q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor,
+                        tables: _Tables) -> Tensor:
+        """Bits taken from the codeword, packed. Shape: [X, P]."""
         if self.label_form == "hybrid":
-            # With one candidate every bit is shared, so pixels this confident are done; most are.
-            open_U = (confidence_P <= self.reliability).nonzero().squeeze(1)
-            if len(open_U):
-                mask_XP[:, open_U] = bit_words.pack(bit_words.reliable_bits(
-                    q_KP[:, open_U], scores_NP[:, open_U], tables.codes_NK, self.reliability, self.max_candidates))
-        return mask_XP
+            return bit_words.reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables.words_XN, self.reliability,
+                                            self.max_candidates)
+        ones_X1 = bit_words.all_ones(self.num_outputs, q_KP.device)
+        return (ones_X1 if self.label_form == "code" else torch.zeros_like(ones_X1)).expand(-1, q_KP.shape[1])
 
     def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
              normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
@@ -303,15 +299,10 @@ class EcocCoding(Coding):
 class _Tables:
     """The codebook on a device."""
 
-    codes_NK: Tensor
     signs_NK: Tensor
     zeros_N1: Tensor
     """Number of zero bits of each codeword."""
     words_XN: Tensor
-
-    @property
-    def all_ones_X1(self) -> Tensor:
-        return bit_words.pack(torch.ones_like(self.codes_NK[:1].t()))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Losses of one pixel's outputs, with their gradients, and the walk over an image in strips of rows.
 
-A strip is upsampled, its loss and gradient are computed in closed form, and only the gradient at the logits' own size is
-kept: nothing of label size but the target is ever held, whatever the number of outputs.
+A strip is upsampled, its loss and gradient are computed in closed form, and only the gradient at the logits' own size
+is kept: nothing of label size but the target is ever held, whatever the number of outputs.
 
 Shapes: B batch, N classes, K outputs (bits), H W pixels of the target, h w cells of the logits, P pixels of a strip.
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 COSINE_EPS = 1e-3
 """Least |z| a cosine divides by: below it cos(z, s) = z.s / (eps sqrt(K)), so zero logits have cosine 0 and a finite
 gradient towards their target."""
-_CPU_STRIP, _GPU_STRIP = 1 << 13, 1 << 20  # pixels of a strip: what stays in a core's cache / fills a GPU
+_CPU_STRIP, _GPU_STRIP = 1 << 14, 1 << 20  # pixels of a strip: what stays in a core's cache / fills a GPU
 
 StripLoss = Callable[[Tensor, int, int, int, bool], tuple[Tensor, Tensor | None]]
 """f(logits [K, P], image, first row, end row, with gradient) -> terms [T] summed over the strip, the first of them the
@@ -73,7 +73,7 @@ class Upsample:
         return (part_Krw @ self.columns_wW).flatten(1)
 
     def add_gradient(self, total_Khw: Tensor, grad_KP: Tensor, first: int, end: int) -> None:
-        """Add a strip's gradient to that of the logits, in place."""
+        """Add a strip's gradient to that of the logits (at equal sizes: set it), in place."""
         grad_KrW = grad_KP.view(len(grad_KP), end - first, self.size[1])
         if self.identity:
             total_Khw[:, first:end] = grad_KrW
@@ -88,7 +88,8 @@ class _StripwiseLoss(torch.autograd.Function):
                 with_gradient: bool) -> tuple[Tensor, Tensor]:
         dtype, device = upsample.dtype, logits_BKhw.device
         terms = torch.zeros(num_terms, dtype=dtype, device=device)
-        grad_BKhw = torch.zeros(logits_BKhw.shape, dtype=dtype, device=device) if with_gradient else None
+        make = torch.empty if upsample.identity else torch.zeros
+        grad_BKhw = make(logits_BKhw.shape, dtype=dtype, device=device) if with_gradient else None
         with torch.autocast(device.type, enabled=False):
             for image, logits_Khw in enumerate(logits_BKhw):
                 for first, end in row_strips(*upsample.size, device):
@@ -110,8 +111,10 @@ class _StripwiseLoss(torch.autograd.Function):
 
 def stripwise_loss(logits_BKhw: Tensor, size: tuple[int, int], strip_loss: StripLoss, num_terms: int,
                    align_corners: bool = False) -> tuple[Tensor, Tensor]:
-    """Sum of a strip loss over a batch whose labels have `size`. Returns the loss (scalar, differentiable) and the other
-    terms ([T - 1], detached)."""
+    """Sum of a strip loss over a batch whose labels have `size`.
+
+    Returns the loss (scalar, differentiable) and the other terms ([T - 1], detached).
+    """
     upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), size, align_corners, logits_BKhw)
     with_gradient = torch.is_grad_enabled() and logits_BKhw.requires_grad
     return _StripwiseLoss.apply(logits_BKhw, upsample, strip_loss, num_terms, with_gradient)
@@ -132,10 +135,10 @@ def ecoc_loss(logits_KP: Tensor, bits_KP: Tensor, labels_P: Tensor, weight_P: Te
               weights: EcocWeights, with_gradient: bool = True) -> tuple[Tensor, Tensor | None]:
     """Bit cross-entropy, pixel-code distance and pixel-code contrast of target bits, times a weight per pixel.
 
-    Returns the sums [4] over pixels of loss, bce, distance and contrast, and the loss's gradient [K, P]. A term of weight
-    0 is not computed and reads 0. `labels_P` (class ids below N) is read by "target_and_negatives" alone.
+    Returns the sums [4] over pixels of loss, bce, distance and contrast, and the loss's gradient [K, P]. A term of
+    weight 0 is not computed and reads 0. `labels_P` (class ids below N) is read by "target_and_negatives" alone.
     """
-    sign_KP = torch.where(bits_KP, 1.0, -1.0).to(logits_KP.dtype)
+    sign_KP = bits_KP.to(logits_KP.dtype).mul_(2).sub_(1)
     terms = torch.zeros(4, dtype=logits_KP.dtype, device=logits_KP.device)
     agree_KP = logits_KP * sign_KP
     grad_KP: Tensor | None = None
@@ -167,9 +170,10 @@ def _cosine_terms(logits_KP: Tensor, product_P: Tensor, sign_KP: Tensor, labels_
                   signs_NK: Tensor, weights: EcocWeights, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Sums [2] of distance and contrast; all cosines are products with sign vectors over |z| sqrt(K).
 
-    With loss = f(cos_target, cos_1..cos_N), the gradient is sum_i f_i (s_i / (|z| sqrt K) - [|z| > eps] cos_i z / |z|^2).
+    With loss = f(cos_target, cos_1..cos_N), the gradient is
+    sum_i f_i (s_i / (|z| sqrt K) - [|z| > eps] cos_i z / |z|^2).
     """
-    norm_P = torch.linalg.vector_norm(logits_KP, dim=0)
+    norm_P = logits_KP.square().sum(0).sqrt_()  # several times faster than vector_norm over dim 0 on CPU
     inverse_P = 1 / norm_P.clamp_min(COSINE_EPS)
     scale_P = inverse_P / math.sqrt(len(logits_KP))
     target_P = product_P * scale_P
@@ -206,7 +210,7 @@ def _cosine_terms(logits_KP: Tensor, product_P: Tensor, sign_KP: Tensor, labels_
 
 def cross_entropy_loss(logits_NP: Tensor, labels_P: Tensor, weight_P: Tensor,
                        with_gradient: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Softmax cross-entropy of class ids below N, times a weight per pixel: the sum over pixels [1], and its gradient."""
+    """Softmax cross-entropy of class ids below N, times a weight per pixel: sum over pixels [1] and its gradient."""
     log_NP = logits_NP.log_softmax(0)
     total = -(log_NP.gather(0, labels_P[None])[0] @ weight_P)
     if not with_gradient:

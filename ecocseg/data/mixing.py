@@ -1,6 +1,7 @@
 """Mixing and strong augmentation on the device. Shapes: B batch, X 64-bit words, H W pixels.
 
-Every random choice comes from an explicit CPU generator, so it depends neither on the device nor on the number of workers.
+Every random choice comes from an explicit CPU generator, so it depends neither on the device nor on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def class_mix_mask(labels_BHW: Tensor, generators: Sequence[torch.Generator]) ->
 
 def cutmix_box(shape: tuple[int, int], generator: torch.Generator, p: float = 0.5,
                area: tuple[float, float] = (0.02, 0.4), aspect: tuple[float, float] = (0.3, 1 / 0.3)) -> Tensor:
-    """CutMix as UniMatch draws it: with probability p a box of random area share and height/width ratio, redrawn until it
-    lies inside the image. Shape: bool [H, W], True inside the box."""
+    """CutMix as UniMatch draws it: with probability p a box of random area share and height/width ratio, redrawn until
+    it lies inside the image. Shape: bool [H, W], True inside the box."""
     height, width = shape
     mask_HW = torch.zeros(height, width, dtype=torch.bool)
     if torch.rand((), generator=generator).item() >= p:
@@ -86,7 +87,7 @@ def cutmix_box(shape: tuple[int, int], generator: torch.Generator, p: float = 0.
 
 
 def patch_mask(shape: tuple[int, int], block: int = 64, keep: float = 0.3, *, generator: torch.Generator) -> Tensor:
-    """MIC's grid: each block of `block` pixels a side is kept with probability `keep`. Shape: bool [H, W], True = kept."""
+    """MIC's grid: each block of `block` pixels a side is kept with probability `keep`. Shape: bool [H, W]."""
     rows, columns = math.ceil(shape[0] / block), math.ceil(shape[1] / block)
     grid = torch.rand(rows, columns, generator=generator) < keep
     return grid.repeat_interleave(block, 0).repeat_interleave(block, 1)[: shape[0], : shape[1]]
@@ -97,8 +98,8 @@ def color_jitter(image_B3HW: Tensor, brightness: float, contrast: float, saturat
     """Colour jitter of images in [0, 1], one draw for the whole batch, as DACS and DAFormer have it from kornia.
 
     Factors are uniform in 1 +- strength (hue: +- strength of a full turn), and the order of the four is random.
-    Brightness adds factor - 1, contrast multiplies by its factor (no mean involved), saturation multiplies the S of HSV;
-    each result is clipped to [0, 1].
+    Brightness adds factor - 1, contrast multiplies by its factor (no mean involved), saturation multiplies the S of
+    HSV; each result is clipped to [0, 1].
     """
     factors = [_uniform(1 - s, 1 + s, generator) for s in (brightness, contrast, saturation)]
     factors.append(_uniform(-hue, hue, generator))

@@ -1,0 +1,110 @@
+"""The coding maths as slow and obvious loops over pixels, classes and bits, in Python floats (float64).
+
+What METHOD sections 2-4 say, line by line; nothing here is shared with the package. Tests compare the two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+IGNORE = 255
+COSINE_EPS = 1e-3
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+
+
+def distances(p: list[float], codes: list[list[int]]) -> list[float]:
+    """Soft Hamming distance of one pixel's bit probabilities to each codeword."""
+    return [sum(abs(m - x) for m, x in zip(code, p, strict=True)) for code in codes]
+
+
+def scores(logits_BKHW: Tensor, codes: list[list[int]]) -> Tensor:
+    """K - d_n. Shape: float64 [B, N, H, W]."""
+    B, K, H, W = logits_BKHW.shape
+    out = torch.empty(B, len(codes), H, W, dtype=torch.float64)
+    for b in range(B):
+        for y in range(H):
+            for x in range(W):
+                p = [sigmoid(v) for v in logits_BKHW[b, :, y, x].tolist()]
+                out[b, :, y, x] = torch.tensor([K - d for d in distances(p, codes)], dtype=torch.float64)
+    return out
+
+
+def reliable_mask(p: list[float], codes: list[list[int]], threshold: float, max_candidates: int | None) -> list[int]:
+    """Reliable bit mining of one pixel."""
+    K, N = len(p), len(codes)
+    q = [max(x, 1 - x) for x in p]
+    d = distances(p, codes)
+    order = sorted(range(N), key=lambda n: (d[n], n))
+    for n in range(1, N + 1):
+        if max_candidates is not None and n > max_candidates:
+            return [0] * K
+        candidates = [codes[c] for c in order[:n]]
+        shared = [int(all(code[k] == candidates[0][k] for code in candidates)) for k in range(K)]
+        if sum(shared) == 0:
+            return [0] * K
+        if sum(x for x, s in zip(q, shared, strict=True) if s) / sum(shared) > threshold:
+            return shared
+    return shared
+
+
+def pseudo_label_pixel(z: list[float], codes: list[list[int]], threshold: float,
+                       max_candidates: int | None) -> tuple[int, list[int], float, list[int]]:
+    """Class, hybrid bits, confidence and reliability mask of one pixel."""
+    p = [sigmoid(v) for v in z]
+    d = distances(p, codes)
+    label = d.index(min(d))
+    mask = reliable_mask(p, codes, threshold, max_candidates)
+    bits = [codes[label][k] if mask[k] else int(z[k] >= 0) for k in range(len(z))]
+    return label, bits, sum(max(x, 1 - x) for x in p) / len(p), mask
+
+
+def cosine(z: list[float], sign: list[int]) -> float:
+    norm = max(math.sqrt(sum(v * v for v in z)), COSINE_EPS)
+    return sum(v * s for v, s in zip(z, sign, strict=True)) / (norm * math.sqrt(len(z)))
+
+
+def bit_cross_entropy(z: float, bit: int) -> float:
+    return max(z, 0) - z * bit + math.log1p(math.exp(-abs(z)))
+
+
+def loss(logits_BKHW: Tensor, labels_BHW: Tensor, bits_BKHW: Tensor, weight_BHW: Tensor, codes: list[list[int]], *,
+         weights: tuple[float, float, float] = (1, 5, 2), temperature: float = 0.5,
+         negatives: str = "codewords") -> dict[str, float]:
+    """Sums over pixels of bce, distance, contrast, and their weighted sum."""
+    B, K, H, W = logits_BKHW.shape
+    total = {"bce": 0.0, "distance": 0.0, "contrast": 0.0}
+    for b in range(B):
+        for y in range(H):
+            for x in range(W):
+                label, w = int(labels_BHW[b, y, x]), float(weight_BHW[b, y, x])
+                if label == IGNORE:
+                    continue
+                z, bits = logits_BKHW[b, :, y, x].tolist(), bits_BKHW[b, :, y, x].int().tolist()
+                target = cosine(z, [2 * v - 1 for v in bits])
+                others = [cosine(z, [2 * v - 1 for v in code]) for code in codes]
+                if negatives == "target_and_negatives":
+                    others = [target] + [c for n, c in enumerate(others) if n != label]
+                total["bce"] += w * sum(bit_cross_entropy(v, t) for v, t in zip(z, bits, strict=True)) / K
+                total["distance"] += w * (1 - target)
+                total["contrast"] += w * (math.log(sum(math.exp(c / temperature) for c in others))
+                                          - target / temperature)
+    total["loss"] = sum(f * total[name] for f, name in zip(weights, ("bce", "distance", "contrast"), strict=True))
+    return total
+
+
+def cross_entropy(logits_BNHW: Tensor, labels_BHW: Tensor, weight_BHW: Tensor) -> float:
+    """Sum over pixels of the softmax cross-entropy."""
+    total = 0.0
+    for b, y, x in torch.cartesian_prod(*(torch.arange(n) for n in labels_BHW.shape)).tolist():
+        label = int(labels_BHW[b, y, x])
+        if label != IGNORE:
+            z = logits_BNHW[b, :, y, x].tolist()
+            top = max(z)
+            total += float(weight_BHW[b, y, x]) * (top + math.log(sum(math.exp(v - top) for v in z)) - z[label])
+    return total
