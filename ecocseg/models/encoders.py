@@ -89,9 +89,10 @@ class TimmEncoder(Encoder):
         try:
             net = timm.create_model(name, pretrained=False, features_only=True, in_chans=in_channels, **options)
         except (TypeError, RuntimeError, AssertionError, AttributeError, NotImplementedError, ValueError) as error:
-            raise InputError(f"model.encoder: timm cannot make feature maps of '{name}' with {options}: {error}; choose "
-                             "another encoder, or leave model.output_stride and model.drop_path out") from error
-        strides, channels = net.feature_info.reduction(), net.feature_info.channels()
+            raise InputError(f"model.encoder: timm cannot make feature maps of '{name}' with {options}: {error}; "
+                             "choose another encoder, or leave model.output_stride and model.drop_path out") from error
+        info: Any = net.feature_info
+        strides, channels = info.reduction(), info.channels()
         if output_stride is not None and strides[-1] != output_stride:
             raise InputError(f"model.output_stride: '{name}' ends at stride {strides[-1]} whatever is asked for, not "
                              f"{output_stride}; leave it out, or choose a ResNet")
@@ -125,7 +126,8 @@ class SmpEncoder(Encoder):
 
     def __init__(self, net: Any) -> None:
         stride = max(net.output_stride, 32)
-        super().__init__(net, net.out_channels, [2**i for i in range(len(net.out_channels))], stride, stride)
+        strides = [min(2**i, net.output_stride) for i in range(len(net.out_channels))]
+        super().__init__(net, net.out_channels, strides, stride, stride)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.net(x)
@@ -134,6 +136,8 @@ class SmpEncoder(Encoder):
 def build_encoder(name: str, *, in_channels: int = 3, drop_path: float = 0.0, output_stride: int | None = None,
                   activation_checkpointing: bool = False) -> Encoder:
     """An encoder with fresh weights. `InputError` for a name nobody knows, or an option the encoder does not have."""
+    if output_stride not in (None, 8, 16, 32):
+        raise InputError(f"model.output_stride: {output_stride} is not 8, 16 or 32; leave it out for the encoder's own")
     if name in MIT_NAMES:
         if output_stride not in (None, 32):
             raise InputError(f"model.output_stride: {name} ends at stride 32, not {output_stride}; leave it out")

@@ -16,7 +16,8 @@ from ecocseg.errors import InputError
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution without bias, batch norm, ReLU; the size stays."""
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=groups, bias=False)
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
@@ -62,7 +63,8 @@ class DaformerHead(nn.Module):
 
     dilations = (6, 12, 18)
 
-    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int, dropout: float) -> None:
+    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
+                 dropout: float) -> None:
         super().__init__()
         wide = len(inputs) * channels
         self.embed = LevelEmbedding(inputs, channels)
@@ -77,9 +79,10 @@ class DaformerHead(nn.Module):
 
 
 class SegformerHead(nn.Module):
-    """SegFormer: level embedding, one 1x1 convolution with batch norm and ReLU, classifier. Xie et al., NeurIPS 2021."""
+    """SegFormer: level embedding, 1x1 convolution with batch norm and ReLU, classifier. Xie et al., NeurIPS 2021."""
 
-    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int, dropout: float) -> None:
+    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
+                 dropout: float) -> None:
         super().__init__()
         self.embed = LevelEmbedding(inputs, channels)
         self.fuse = conv_norm_relu(len(inputs) * channels, channels)
@@ -97,7 +100,8 @@ class DeepLabV2Head(nn.Module):
 
     dilations = (6, 12)
 
-    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int, dropout: float) -> None:
+    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
+                 dropout: float) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
             nn.Conv2d(inputs[-1], num_outputs, 3, padding=d, dilation=d) for d in self.dilations)
@@ -120,7 +124,8 @@ class PooledContext(nn.Module):
     def forward(self, map_BChw: Tensor) -> Tensor:
         if self.training and len(map_BChw) == 1:
             raise InputError("model.head: deeplabv3plus normalises one pooled value per image over the batch, so each "
-                             "forward pass needs two images or more; raise the batch or train.micro_batch, or choose another head")
+                             "forward pass needs two images or more; raise the batch or train.micro_batch, or choose "
+                             "another head")
         pooled_BD11 = self.project(map_BChw.mean(dim=(2, 3), keepdim=True))
         return pooled_BD11.expand(-1, -1, *map_BChw.shape[-2:])
 
@@ -135,7 +140,8 @@ class DeepLabV3PlusHead(nn.Module):
     dilations = (6, 12, 18)
     low_channels = 48
 
-    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int, dropout: float) -> None:
+    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
+                 dropout: float) -> None:
         super().__init__()
         last, factor = inputs[-1], 2 if strides[-1] <= 8 else 1
         self.branches = nn.ModuleList([conv_norm_relu(last, channels)])
@@ -143,7 +149,8 @@ class DeepLabV3PlusHead(nn.Module):
         self.branches.append(PooledContext(last, channels))
         self.join = conv_norm_relu(len(self.branches) * channels, channels)
         self.reduce = conv_norm_relu(inputs[0], self.low_channels)
-        self.fuse = nn.Sequential(conv_norm_relu(channels + self.low_channels, channels, 3), conv_norm_relu(channels, channels, 3))
+        self.fuse = nn.Sequential(conv_norm_relu(channels + self.low_channels, channels, 3),
+                                  conv_norm_relu(channels, channels, 3))
         self.classify = classifier(channels, num_outputs, dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

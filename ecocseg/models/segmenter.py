@@ -5,6 +5,7 @@ B batch, C channels, K outputs, H W image pixels, h w cells of a map
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -39,7 +40,7 @@ class Segmenter(nn.Module):
     @overload
     def forward(self, image_B3HW: Tensor, return_features: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def forward(self, image_B3HW: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, K, h, w] at the decoder's stride; with `return_features` also the last encoder map [B, C, h, w]."""
+        """Logits [B, K, h, w] at the decoder's stride; with `return_features` also the last map [B, C, h, w]."""
         maps = self.encode(image_B3HW)
         logits_BKhw = self.decode(maps, image_B3HW.shape[-2:])
         return (logits_BKhw, maps[-1]) if return_features else logits_BKhw
@@ -114,11 +115,15 @@ def _through_gate(architecture: str, encoder: str, num_outputs: int, output_stri
             raise unknown("model.encoder", encoder, [*smp.encoders.get_encoder_names(), *timm.list_models()])
         encoder = f"tu-{encoder}"
     options = {} if output_stride is None else {"encoder_output_stride": output_stride}
+    if options and "encoder_output_stride" not in inspect.signature(known[name].__init__).parameters:
+        raise InputError(f"model.output_stride: {GATE}{name} has no such choice; leave it out, or take "
+                         f"{GATE}DeepLabV3Plus")
     try:
-        model = known[name](encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=num_outputs, **options)
+        model = known[name](encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=num_outputs,
+                            **options)
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"model.head: {GATE}{name} cannot be made with encoder '{encoder}' and {options or 'its defaults'}: "
-                         f"{error}; choose another pair, or leave model.output_stride out") from error
+        raise InputError(f"model.head: {GATE}{name} cannot be made with encoder '{encoder}' and output stride "
+                         f"{output_stride}: {error}; choose another pair, or leave model.output_stride out") from error
     if hasattr(model.encoder, "reset_drop_path"):
         model.encoder.reset_drop_path(drop_path)
     elif drop_path > 0:
@@ -148,7 +153,8 @@ def parameter_groups(model: nn.Module, lr: float, decoder_lr_factor: float, weig
             in_encoder = name.startswith("encoder.")
             group = ("encoder_no_decay" if id(parameter) in spared else "encoder") if in_encoder else "decoder"
             groups[group].append(parameter)
-    settings = {"encoder": (lr, weight_decay), "encoder_no_decay": (lr, 0.0), "decoder": (lr * decoder_lr_factor, weight_decay)}
+    settings = {"encoder": (lr, weight_decay), "encoder_no_decay": (lr, 0.0),
+                "decoder": (lr * decoder_lr_factor, weight_decay)}
     return [{"name": name, "params": params, "lr": settings[name][0], "initial_lr": settings[name][0],
              "weight_decay": settings[name][1]} for name, params in groups.items() if params]
 

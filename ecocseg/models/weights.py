@@ -10,7 +10,11 @@ import io
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,7 @@ import safetensors.torch
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -32,7 +37,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "net.")
+_WHOLE_PREFIXES = ("module.", "model.", "net.")  # taken off when every key has them
+_ENCODER_PREFIXES = ("backbone.", "encoder.")  # keys without are other parts of a segmenter, left out and reported
 _CLASSIFIERS = ("fc.*", "head.*", "classifier.*")
 # Deep stems of mmsegmentation's ResNets (V1c) -> the names of timm, UniMatch and most others.
 _DEEP_STEM = {**{f"stem.{i}": f"conv1.{i}" for i in range(7)}, "stem.7": "bn1"}
@@ -52,8 +58,9 @@ def load_encoder_weights(net: nn.Module, encoder: str, pretrained: str, allow_mi
     other key that is missing, left over or of another shape is an `InputError`, unless a pattern of `allow_missing`
     (fnmatch, on the name in the encoder or in the file) names it.
     """
-    donor = _unwrapped(_fetch(encoder, pretrained, storage), pretrained)
+    donor = _unwrapped(_fetch(net, encoder, pretrained, storage), pretrained)
     wanted = net.state_dict()
+    donor, other_parts = _encoder_part(donor, wanted)
     found, spare = _matched(donor, wanted)
     _adapt_first_conv(net, found, wanted)
 
@@ -65,18 +72,21 @@ def load_encoder_weights(net: nn.Module, encoder: str, pretrained: str, allow_mi
     problems = {
         "missing in the file": [k for k in missing if not allowed(k)],
         "unknown to the encoder": [k for k in unexpected if not allowed(k)],
-        "of another shape": [f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}" for k in shapes if not allowed(k)],
+        "of another shape": [f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
+                             for k in shapes if not allowed(k)],
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(keys)} {what} ({_first(keys)})" for what, keys in problems.items() if keys)
-        raise InputError(f"model.pretrained: '{pretrained}' does not fit encoder '{encoder}': {listed}; give the weights of "
-                         "this encoder, or name the keys that may be left out in model.allow_missing (patterns like 'norm.*')")
+        raise InputError(f"model.pretrained: '{pretrained}' does not fit encoder '{encoder}': {listed}; give the "
+                         "weights of this encoder, or name the keys that may be left out in model.allow_missing "
+                         "(patterns like 'norm.*')")
     kept = {k: v for k, v in found.items() if k not in shapes}
     if not kept:
-        raise InputError(f"model.pretrained: '{pretrained}' gives encoder '{encoder}' no weights at all; allow less in model.allow_missing")
+        raise InputError(f"model.pretrained: '{pretrained}' gives encoder '{encoder}' no weights at all; allow less in "
+                         "model.allow_missing")
     # nn.Module's own, because some encoders of smp override it with another signature.
     nn.Module.load_state_dict(net, kept, strict=False)
-    left = [*spare, *missing, *shapes]
+    left = [*missing, *shapes, *spare, *other_parts]
     note = f"from {pretrained} ({len(kept)} tensors{f'; left out: {_first(left)}' if left else ''})"
     log.info("encoder %s %s", encoder, note)
     return note
@@ -89,27 +99,32 @@ def _first(keys: Sequence[str], count: int = 5) -> str:
 # Where weights come from
 
 
-def _fetch(encoder: str, pretrained: str, storage: Storage | None) -> Any:
+def _fetch(net: nn.Module, encoder: str, pretrained: str, storage: Storage | None) -> Any:
     if pretrained == "default":
-        return _from_hub(pretrained, lambda: _default_weights(encoder))
+        return _from_hub(pretrained, lambda: _default_weights(net, encoder))
     if pretrained.startswith(("hf-hub:", "hf_hub:")):
         return _from_hub(pretrained, lambda: timm.create_model(pretrained, pretrained=True).state_dict())
     if pretrained.startswith(("http://", "https://")):
         return _from_url(pretrained)
     if pretrained.startswith("s3://"):
         from ecocseg.storage import Storage
-        return _read(io.BytesIO((storage or Storage()).read_bytes(pretrained)), pretrained)
+        try:
+            return _read(io.BytesIO((storage or Storage()).read_bytes(pretrained)), pretrained)
+        except OSError as error:
+            raise InputError(f"model.pretrained: '{pretrained}' could not be read ({error}); check the URL, storage.* "
+                             "and the credentials") from error
     path = Path(pretrained).expanduser()
     if path.is_file():
         return _read(path, pretrained)
     if pretrained.endswith(SUFFIXES) or os.sep in pretrained:
-        raise InputError(f"model.pretrained: there is no file '{pretrained}'; check the path, it must be readable on every node")
+        raise InputError(f"model.pretrained: there is no file '{pretrained}'; check the path, every node must "
+                         "be able to read it")
     name = _timm_tag(encoder, pretrained)
     return _from_hub(pretrained, lambda: timm.create_model(name, pretrained=True).state_dict())
 
 
-def _default_weights(encoder: str) -> State:
-    if encoder in smp.encoders.encoders:
+def _default_weights(net: nn.Module, encoder: str) -> State:
+    if encoder in smp.encoders.encoders and hasattr(net, "out_channels"):  # an encoder of smp, not of timm
         settings = smp.encoders.encoders[encoder]["pretrained_settings"]
         return smp.encoders.get_encoder(encoder, weights=next(iter(settings))).state_dict()
     return timm.create_model(encoder.removeprefix("tu-"), pretrained=True).state_dict()
@@ -128,10 +143,27 @@ def _timm_tag(encoder: str, pretrained: str) -> str:
 
 def _from_hub(pretrained: str, fetch: Callable[[], State]) -> State:
     try:
-        return fetch()
+        with _without_retries_if_offline():
+            return fetch()
     except Exception as error:  # hub clients raise what their HTTP library raises, of which there are several
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise InputError(f"model.pretrained: '{pretrained}' could not be had from the hub ({reason}); {_REMEDY}") from error
+        raise InputError(f"model.pretrained: '{pretrained}' could not be had from the hub ({reason}); "
+                         f"{_REMEDY}") from error
+
+
+@contextmanager
+def _without_retries_if_offline() -> Iterator[None]:
+    """Keep the hub's client from half a minute of retries where its host has no address; its cache still serves."""
+    before = constants.HF_HUB_OFFLINE
+    if not any(urllib.request.getproxies().get(scheme) for scheme in ("https", "all")):
+        try:
+            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _from_url(url: str) -> Any:
@@ -144,7 +176,8 @@ def _from_url(url: str) -> Any:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=False)
         except OSError as error:  # URLError is one
-            raise InputError(f"model.pretrained: '{url}' could not be downloaded to {folder} ({error}); {_REMEDY}") from error
+            raise InputError(f"model.pretrained: '{url}' could not be downloaded to {folder} ({error}); "
+                             f"{_REMEDY}") from error
     return _read(path, url)
 
 
@@ -155,10 +188,12 @@ def _read(source: Path | io.BytesIO, name: str) -> Any:
             return safetensors.torch.load(data)
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"model.pretrained: '{name}' is damaged or holds more than tensors, which is refused because reading "
-                         "such a file can run any code; convert it to .safetensors where you trust it") from error
+        raise InputError(f"model.pretrained: '{name}' is damaged or holds more than tensors, which is refused because "
+                         "reading such a file can run any code; convert it to .safetensors where it is trusted"
+                         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"model.pretrained: '{name}' cannot be read as weights ({error}); is the file whole?") from error
+        raise InputError(f"model.pretrained: '{name}' cannot be read as weights ({error}); is the file whole?"
+                         ) from error
 
 
 # Whose key is which
@@ -177,19 +212,23 @@ def _unwrapped(content: Any, name: str) -> State:
     return tensors
 
 
+def _encoder_part(donor: State, wanted: State) -> tuple[State, list[str]]:
+    """The donor's encoder without the prefixes it was saved under, and the names of the donor's other parts."""
+    own = {k.split(".")[0] + "." for k in wanted}
+    other_parts: list[str] = []
+    while True:
+        whole = next((p for p in _WHOLE_PREFIXES if p not in own and all(k.startswith(p) for k in donor)), None)
+        part = next((p for p in _ENCODER_PREFIXES if p not in own and any(k.startswith(p) for k in donor)), None)
+        prefix = whole or part
+        if prefix is None:
+            return donor, other_parts
+        other_parts += [k for k in donor if not k.startswith(prefix)]
+        donor = {k.removeprefix(prefix): v for k, v in donor.items() if k.startswith(prefix)}
+
+
 def _matched(donor: State, wanted: State) -> tuple[State, list[str]]:
     """Donor tensors under the encoder's names, and the donor's names that fit nowhere."""
-    owners = {k.split(".")[0] + "." for k in wanted}
     spare: list[str] = []
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _PREFIXES:
-            if prefix not in owners and any(k.startswith(prefix) for k in donor):
-                # What does not share the prefix is another part of the donor: its decoder, say.
-                spare += [k for k in donor if not k.startswith(prefix)]
-                donor = {k.removeprefix(prefix): v for k, v in donor.items() if k.startswith(prefix)}
-                stripped = True
     found: State = {}
     for key, value in donor.items():
         target = next((name for name in _names(key) if name in wanted), None)
@@ -219,7 +258,7 @@ def _beyond_encoder(spare: Sequence[str], encoder: str) -> list[str]:
 
 
 def _adapt_first_conv(net: nn.Module, found: State, wanted: State) -> None:
-    """Give three-channel weights of the first convolution the number of channels the encoder has (summed or repeated)."""
+    """Give three-channel weights of the first convolution the encoder's number of channels, summed or repeated."""
     first = next((f"{name}.weight" for name, m in net.named_modules() if isinstance(m, nn.Conv2d)), None)
     if first in found and found[first].shape[1] == 3 != wanted[first].shape[1]:
         found[first] = adapt_input_conv(wanted[first].shape[1], found[first])

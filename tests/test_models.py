@@ -1,0 +1,390 @@
+"""Encoders, heads, pretrained weights and parameter groups. B 2, K 5 and images of 97 x 130 unless said."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ecocseg.errors import InputError
+from ecocseg.models.segmenter import Segmenter, build_segmenter, describe, parameter_groups
+
+TINY = "mobilenetv3_small_100"
+HEADS = ["daformer", "deeplabv2", "segformer", "deeplabv3plus", "smp:Unet"]
+
+
+def tiny(encoder: str = TINY, head: str = "segformer", **options) -> Segmenter:
+    torch.manual_seed(0)
+    return build_segmenter(encoder, head, options.pop("num_outputs", 5), channels=16, **options)
+
+
+def millions(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+# Sizes
+
+
+def test_published_size_of_daformer():
+    model = build_segmenter("mit_b5", "daformer", 19)
+    assert millions(model) == pytest.approx(85.16, rel=1e-3)  # DAFormer, MiT-B5, 19 classes
+    assert "85.16 M" in describe(model) and "encoder 81.44 M" in describe(model)
+
+
+@pytest.mark.parametrize(("encoder", "outputs", "published"), [
+    ("resnet101s", 21, 59.5), ("resnet50s", 21, 40.5), ("xception65", 81, 54.7)])
+def test_published_sizes_of_unimatch(encoder, outputs, published):
+    with torch.device("meta"):
+        model = build_segmenter(encoder, "deeplabv3plus", outputs, output_stride=16)
+    assert millions(model) == pytest.approx(published, abs=0.05)
+
+
+def test_dacs_model_has_a_dilated_resnet_and_a_bare_head():
+    with torch.device("meta"):
+        model = build_segmenter("resnet101c", "deeplabv2", 19, output_stride=8)
+    assert model.encoder.strides == (4, 8, 8, 8)
+    assert millions(model.decoder) * 1e6 == 2 * (2048 * 19 * 9 + 19)
+    assert not any(isinstance(m, (nn.BatchNorm2d, nn.Dropout2d)) for m in model.decoder.modules())
+
+
+# Shapes and gradients
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("encoder", ["mit_b0", TINY, "resnet18"])
+def test_any_size_goes_through_and_every_parameter_learns(encoder, head):
+    model = tiny(encoder, head, dropout=0.0).train()
+    logits, feature = model(torch.randn(2, 3, 97, 130), return_features=True)
+    stride = 1 if head.startswith("smp:") else 32 if head == "deeplabv2" else 4
+    assert logits.shape == (2, 5, math.ceil(97 / stride), math.ceil(130 / stride))
+    assert feature.shape[2:] == (4, 5) and feature.shape[1] == model.encoder.channels[-1]
+    logits.square().sum().backward()
+    # A bias before a batch norm may get a gradient of zero, but never none.
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    dead = [n for n, p in model.named_parameters() if n.endswith("weight") and p.ndim > 1 and not p.grad.any()]
+    # New ResNets end their residual branches with a norm of weight zero, so those branches wait for one step.
+    assert [n for n in dead if not (encoder == "resnet18" and ".layer" in n)] == []
+
+
+@pytest.mark.parametrize("encoder", ["convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224",
+                                     "hrnet_w18_small", "regnety_002"])
+def test_encoders_that_need_padding_or_another_layout(encoder):
+    model = tiny(encoder, "segformer").eval()
+    stride = model.encoder.strides[0]
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 97, 130)).shape == (1, 5, math.ceil(97 / stride), math.ceil(130 / stride))
+
+
+def test_padding_leaves_the_logits_where_they_were():
+    model = tiny("resnet18", "smp:Unet").eval()
+    image = torch.zeros(1, 3, 128, 160)
+    image[..., :97, :130] = torch.randn(3, 97, 130)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image[..., :97, :130]), model(image)[..., :97, :130])
+
+
+def test_images_smaller_than_an_attention_window():
+    assert tiny("mit_b0").eval()(torch.randn(1, 3, 9, 17)).shape == (1, 5, 3, 5)
+
+
+@pytest.mark.parametrize("head", ["daformer", "smp:Unet"])
+def test_encode_then_decode_is_forward(head):
+    model, image = tiny("mit_b0", head).eval(), torch.randn(1, 3, 70, 50)
+    with torch.no_grad():
+        maps = model.encode(image)
+        logits, feature = model(image, return_features=True)
+        assert torch.equal(model.decode(maps, (70, 50)), logits) and torch.equal(maps[-1], feature)
+
+
+@pytest.mark.parametrize("encoder", ["mit_b0", "resnet18"])
+def test_channels_last_gives_the_same_logits(encoder):
+    model, image = tiny(encoder, "daformer").eval(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        plain = model(image)
+        model = model.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(image.to(memory_format=torch.channels_last)), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_output_stride_and_other_channels():
+    model = tiny("resnet18", "deeplabv3plus", output_stride=8, in_channels=1)
+    assert model.encoder.strides[-1] == 8
+    assert [branch[0].dilation[0] for branch in model.decoder.branches[1:4]] == [12, 24, 36]
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 5, 16, 16)
+    assert tiny("mit_b0", in_channels=4)(torch.randn(2, 4, 64, 64)).shape == (2, 5, 16, 16)
+
+
+def test_one_image_in_training_is_refused_by_the_pooled_branch():
+    model = tiny(head="deeplabv3plus").train()
+    with pytest.raises(InputError, match="two images"):
+        model(torch.randn(1, 3, 64, 64))
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5, 16, 16)
+
+
+@pytest.mark.parametrize("encoder", ["mit_b0", "resnet18", "resnet18d", "convnext_atto"])
+def test_recomputed_activations_change_nothing_but_memory(encoder):
+    image, results = torch.randn(2, 3, 64, 64), []
+    for recompute in (False, True):
+        model = tiny(encoder, drop_path=0.3, activation_checkpointing=recompute).train()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            torch.manual_seed(1)
+            maps = model.encode(image)
+        sum(m.square().mean() for m in maps).backward()
+        gradients = {name: p.grad for name, p in model.encoder.named_parameters()}
+        results.append((sum(saved), gradients, dict(model.named_buffers())))
+    (plain_memory, plain, plain_buffers), (memory, gradients, buffers) = results
+    assert memory < 0.6 * plain_memory
+    torch.testing.assert_close(gradients, plain)
+    torch.testing.assert_close(buffers, plain_buffers)  # running statistics are updated once, not twice
+
+
+def test_drop_path_is_set_and_off_by_default():
+    def rates(model: Segmenter) -> list[float]:
+        return [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert max(rates(tiny("mit_b0", drop_path=0.1))) == pytest.approx(0.1)
+    assert max(rates(tiny("mit_b0")), default=0) == 0
+    assert max(rates(tiny("mit_b0", "smp:Unet")), default=0) == 0
+
+
+def test_a_copy_shares_nothing_and_agrees():
+    model = tiny("mit_b0", activation_checkpointing=True).eval()
+    twin, image = copy.deepcopy(model), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)
+        assert torch.equal(twin(image), before)
+        for p in twin.parameters():
+            p.zero_()
+        assert torch.equal(model(image), before)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"encoder": "resnett18"}, "resnet18"),
+    ({"encoder": "mit_b7"}, "mit_b5"),
+    ({"head": "daforner"}, "did you mean daformer"),
+    ({"head": "smp:Unett"}, "smp:Unet"),
+    ({"head": "smp:Unet", "encoder": "resnett18"}, "resnet18"),
+    ({"head": "smp:Unet", "output_stride": 8}, "smp:DeepLabV3Plus"),
+    ({"head": "smp:Unet", "drop_path": 0.1}, "drop_path"),
+    ({"head": "smp:Unet", "activation_checkpointing": True}, "activation_checkpointing"),
+    ({"encoder": "mit_b0", "output_stride": 8}, "stride 32"),
+    ({"encoder": "swin_tiny_patch4_window7_224", "output_stride": 8}, "output_stride"),
+    ({"output_stride": 7}, "8, 16 or 32"),
+    ({"activation_checkpointing": True}, "activation_checkpointing"),
+])
+def test_bad_requests_name_the_key_and_the_remedy(options, message):
+    with pytest.raises(InputError, match=message):
+        tiny(**options)
+
+
+# Pretrained weights
+
+
+def same_weights(model: Segmenter, donor: dict[str, torch.Tensor]) -> bool:
+    """Whether each encoder tensor is among the donor's, in order of registration."""
+    own = {k: v for k, v in model.encoder.net.state_dict().items() if "num_batches" not in k}
+    theirs = [v for k, v in donor.items() if "num_batches" not in k][:len(own)]
+    return len(theirs) == len(own) and all(torch.equal(a, b) for a, b in zip(own.values(), theirs, strict=True))
+
+
+@pytest.mark.parametrize("encoder", [TINY, "resnet18", "convnext_atto"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_timm_classifier_file_loads_and_its_classifier_is_reported(encoder, suffix, tmp_path):
+    torch.manual_seed(5)
+    donor, path = timm.create_model(encoder).state_dict(), tmp_path / f"weights{suffix}"
+    save_file(donor, path) if suffix == ".safetensors" else torch.save(donor, path)
+    model = tiny(encoder, pretrained=str(path))
+    assert same_weights(model, donor)
+    assert "left out" in describe(model) and str(path) in describe(model)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}, lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {"state_dict": {f"backbone.{k}": v for k, v in s.items()} | {"decode_head.w": torch.ones(1)}},
+    lambda s: {f"encoder.net.{k}": v for k, v in s.items()} | {"decoder.w": torch.ones(1)}])
+def test_segformer_release_keys_load_under_any_wrapping(wrap, tmp_path):
+    torch.manual_seed(5)
+    net = smp.encoders.get_encoder("mit_b0", weights=None).state_dict()
+    assert "patch_embed1.proj.weight" in net and "block1.0.attn.q.weight" in net  # names of the SegFormer release
+    classifier = {"head.weight": torch.ones(1000, 256), "head.bias": torch.ones(1000)}
+    torch.save(wrap(net | classifier), tmp_path / "mit_b0.pth")
+    for head in ("daformer", "smp:Unet"):
+        assert same_weights(tiny("mit_b0", head, pretrained=str(tmp_path / "mit_b0.pth")), net)
+
+
+def test_mmsegmentation_deep_stem_names(tmp_path):
+    donor = timm.create_model("resnet50c", num_classes=0).state_dict()
+    renamed = {k.replace("conv1.", "stem.", 1) if k.startswith("conv1.") else k.replace("bn1.", "stem.7.", 1)
+               if k.startswith("bn1.") else k: v for k, v in donor.items()}
+    assert "stem.7.running_mean" in renamed
+    torch.save(renamed, tmp_path / "v1c.pth")
+    assert same_weights(tiny("resnet50c", "deeplabv2", pretrained=str(tmp_path / "v1c.pth")), donor)
+
+
+@pytest.fixture
+def donor() -> dict[str, torch.Tensor]:
+    return smp.encoders.get_encoder("mit_b0", weights=None).state_dict()
+
+
+def load(donor: dict, tmp_path: Path, **options) -> Segmenter:
+    torch.save(donor, tmp_path / "weights.pth")
+    return tiny("mit_b0", pretrained=str(tmp_path / "weights.pth"), **options)
+
+
+def test_keys_that_do_not_load_are_an_error_unless_allowed(donor, tmp_path):
+    del donor["norm4.weight"], donor["norm4.bias"]
+    donor["strange.key"] = torch.ones(1)
+    donor["patch_embed1.proj.bias"] = torch.ones(7)
+    with pytest.raises(InputError) as error:
+        load(donor, tmp_path)
+    text = str(error.value)
+    assert "2 missing in the file (norm4.weight, norm4.bias)" in text and "strange.key" in text
+    assert "patch_embed1.proj.bias (7,) instead of (32,)" in text and "allow_missing" in text
+    with pytest.raises(InputError, match="strange.key") as error:
+        load(donor, tmp_path, allow_missing=["norm4.*", "patch_embed1.proj.bias"])
+    assert "norm4" not in str(error.value).split(";")[0]
+    model = load(donor, tmp_path, allow_missing=["norm4.*", "strange.*", "patch_embed1.proj.bias"])
+    assert torch.equal(model.encoder.net.norm3.weight, donor["norm3.weight"])
+    assert torch.equal(model.encoder.net.block2[0].attn.q.weight, donor["block2.0.attn.q.weight"])
+    assert all(name in model.weights_note for name in ("norm4.weight", "strange.key", "patch_embed1.proj.bias"))
+
+
+def test_weights_of_another_encoder_are_refused_even_when_all_is_allowed(donor, tmp_path):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(InputError, match="does not fit encoder 'mit_b0'"):
+        tiny("mit_b0", pretrained=str(tmp_path / "resnet18.pth"))
+    with pytest.raises(InputError, match="no weights at all"):
+        tiny("mit_b0", pretrained=str(tmp_path / "resnet18.pth"), allow_missing=["*"])
+
+
+def test_first_convolution_adapts_to_grey_images(donor, tmp_path):
+    torch.save(donor, tmp_path / "weights.pth")
+    model = tiny("mit_b0", pretrained=str(tmp_path / "weights.pth"), in_channels=1)
+    expected = donor["patch_embed1.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(model.encoder.net.patch_embed1.proj.weight.data, expected)
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [lambda content, path: torch.save(content, path),
+                                  lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(save, donor, tmp_path):
+    exploded = tmp_path / "exploded"
+    save({**donor, "extra": Bomb(exploded)}, tmp_path / "bad.pth")
+    with pytest.raises(InputError, match="safetensors"):
+        tiny("mit_b0", pretrained=str(tmp_path / "bad.pth"))
+    assert not exploded.exists()
+    torch.load(tmp_path / "bad.pth", weights_only=False) if save.__code__.co_names[0] == "torch" else pickle.loads(
+        (tmp_path / "bad.pth").read_bytes())
+    assert exploded.exists()  # the file was live: a careless reader would have run it
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_empty_and_absent_files(suffix, donor, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    save_file(donor, path) if suffix == ".safetensors" else torch.save(donor, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="weights"):
+        tiny("mit_b0", pretrained=str(path))
+    with pytest.raises(InputError, match="no file"):
+        tiny("mit_b0", pretrained=str(tmp_path / f"absent{suffix}"))
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(InputError, match="no named tensors"):
+        tiny("mit_b0", pretrained=str(tmp_path / "empty.pth"))
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A hub that has no address, and nothing of it kept from before."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
+
+
+@pytest.mark.parametrize(("encoder", "pretrained"), [
+    ("mit_b0", "default"), ("resnet18", "default"), ("resnet18", "a1_in1k"), ("resnet18", "resnet18.a1_in1k"),
+    ("resnet18", "hf-hub:timm/resnet18.a1_in1k"), ("resnet18", "https://hub.invalid/resnet18.pth")])
+def test_without_network_the_message_says_how_to_pass_a_file(encoder, pretrained, no_network):
+    with pytest.raises(InputError, match="without network.*model.pretrained=/path/to"):
+        tiny(encoder, pretrained=pretrained)
+
+
+def test_unknown_tags_list_the_known_ones():
+    with pytest.raises(InputError, match="resnet101c.gluon_in1k"):
+        tiny("resnet101c", "deeplabv2", pretrained="imagenet22k")
+
+
+def test_a_url_is_fetched_once(donor, tmp_path, monkeypatch):
+    torch.save(donor, tmp_path / "release.pth")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
+    fetched = []
+
+    def download(url: str, path: str, **options) -> None:
+        fetched.append(url)
+        Path(path).write_bytes((tmp_path / "release.pth").read_bytes())
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    for _ in range(2):
+        assert same_weights(tiny("mit_b0", pretrained="https://example.org/a/release.pth?raw=1"), donor)
+    assert fetched == ["https://example.org/a/release.pth?raw=1"]
+    tiny("mit_b0", pretrained="https://example.org/b/release.pth")  # same file name, another URL
+    assert len(fetched) == 2
+
+
+def test_weights_come_from_the_runs_own_storage(donor, tmp_path):
+    class Bucket:
+        def read_bytes(self, url: str) -> bytes:
+            if url != "s3://bucket/mit_b0.pth":
+                raise FileNotFoundError(url)
+            return (tmp_path / "mit_b0.pth").read_bytes()
+    torch.save(donor, tmp_path / "mit_b0.pth")
+    assert same_weights(tiny("mit_b0", pretrained="s3://bucket/mit_b0.pth", storage=Bucket()), donor)
+    with pytest.raises(InputError, match="could not be read"):
+        tiny("mit_b0", pretrained="s3://bucket/absent.pth", storage=Bucket())
+
+
+# Parameter groups
+
+
+@pytest.mark.parametrize("encoder", ["mit_b0", "resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("no_decay", ["norm_and_position", "none"])
+def test_every_parameter_is_in_one_group(encoder, no_decay):
+    model = tiny(encoder)
+    groups = {g["name"]: g for g in parameter_groups(model, 1e-3, 10.0, 0.05, no_decay)}
+    ids = [id(p) for g in groups.values() for p in g["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    assert all(g["lr"] == g["initial_lr"] for g in groups.values())
+    assert groups["decoder"]["lr"] == pytest.approx(1e-2) and groups["encoder"]["lr"] == 1e-3
+    assert {id(p) for p in groups["decoder"]["params"]} == {id(p) for p in model.decoder.parameters()}
+    assert groups["encoder"]["weight_decay"] == groups["decoder"]["weight_decay"] == 0.05
+    assert ("encoder_no_decay" in groups) == (no_decay == "norm_and_position")
+    torch.optim.AdamW(list(groups.values()))
+
+
+def test_norms_and_positions_are_spared_as_in_daformer():
+    model = tiny("mit_b0")
+    spared = {id(p) for p in parameter_groups(model, 1.0, 10.0, 0.01, "norm_and_position")[1]["params"]}
+    by_name = {id(p) for n, p in model.encoder.named_parameters() if "norm" in n}  # the pattern of DAFormer's config
+    assert spared == by_name
+    vit = tiny("vit_tiny_patch16_224")
+    spared = {id(p) for p in parameter_groups(vit, 1.0, 10.0, 0.01, "norm_and_position")[1]["params"]}
+    assert any(id(p) in spared for n, p in vit.named_parameters() if "pos_embed" in n)
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    model = tiny("mit_b0")
+    model.encoder.requires_grad_(False)
+    assert [g["name"] for g in parameter_groups(model, 1.0, 10.0, 0.01, "norm_and_position")] == ["decoder"]
