@@ -122,7 +122,7 @@ class PooledContext(nn.Module):
         self.project = conv_norm_relu(inputs, channels)
 
     def forward(self, map_BChw: Tensor) -> Tensor:
-        if self.training and len(map_BChw) == 1:
+        if self.project[1].training and len(map_BChw) == 1:  # a teacher may be in eval mode, its norms not
             raise InputError("model.head: deeplabv3plus normalises one pooled value per image over the batch, so each "
                              "forward pass needs two images or more; raise the batch or train.micro_batch, or choose "
                              "another head")
