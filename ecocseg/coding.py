@@ -9,8 +9,7 @@ a strip of rows.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,47 +25,10 @@ from ecocseg.losses import (
     row_strips,
     stripwise_loss,
 )
+from ecocseg.target import IGNORE, Target, true_target
 
 if TYPE_CHECKING:
     from ecocseg.codebook import Codebook
-
-IGNORE = 255
-
-
-@dataclass
-class Target:
-    """What a batch of pixels should be, and how much each counts."""
-
-    labels: Tensor
-    """Class ids int64 [B, H, W]; 255 = ignored: such a pixel has no loss, whatever its weight."""
-    weight: Tensor
-    """Weight of each pixel in the loss, float [B, H, W]; 1 until a method sets it."""
-    is_true: Tensor
-    """Bool [B, H, W]: the label is annotated, not guessed by a network."""
-    bits: Tensor | None = None
-    """Target bits packed in int64 words [B, X, H, W] (see `dense_bits`); None for one-hot."""
-    confidence: Tensor | None = None
-    """Confidence of pseudo-labels, float [B, H, W]; None for true labels."""
-    reliable: Tensor | None = None
-    """Share of each pixel's bits that came from its codeword, float [B, H, W]; None for true labels and one-hot."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """0-dim tensors worth logging; empty for true labels."""
-
-    def to(self, device: torch.device | str) -> Target:
-        values: dict[str, Any] = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            values[item.name] = value.to(device) if isinstance(value, Tensor) else value
-        values["metrics"] = {name: value.to(device) for name, value in self.metrics.items()}
-        return Target(**values)
-
-    def dense_bits(self, num_bits: int) -> Tensor:
-        """Target bits bool [B, K, H, W]; False at ignored pixels."""
-        if self.bits is None:
-            raise ValueError("a one-hot target has no bits")
-        height, width = self.labels.shape[1:]
-        return torch.stack([bit_words.unpack(words_XHW.flatten(1), num_bits).view(num_bits, height, width)
-                            for words_XHW in self.bits])
 
 
 class Coding:
@@ -135,7 +97,7 @@ class OneHotCoding(Coding):
         return logits_BKHW.to(compute_dtype(logits_BKHW)).softmax(1)
 
     def encode(self, labels_BHW: Tensor) -> Target:
-        return _true_target(labels_BHW, None)
+        return true_target(labels_BHW, None)
 
     @torch.no_grad()
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
@@ -224,7 +186,7 @@ class EcocCoding(Coding):
         words_XN = self._on(labels_BHW.device, torch.float32).words_XN
         known_BHW = labels_BHW != IGNORE
         index_BHW = torch.where(known_BHW, labels_BHW, 0).long()
-        return _true_target(labels_BHW, torch.where(known_BHW[:, None], words_XN[:, index_BHW].transpose(0, 1), 0))
+        return true_target(labels_BHW, torch.where(known_BHW[:, None], words_XN[:, index_BHW].transpose(0, 1), 0))
 
     @torch.no_grad()
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
@@ -318,19 +280,14 @@ def _size(labels_BHW: Tensor) -> tuple[int, int]:
     return labels_BHW.shape[1], labels_BHW.shape[2]
 
 
-def _true_target(labels_BHW: Tensor, words_BXHW: Tensor | None) -> Target:
-    return Target(labels=labels_BHW.long(), bits=words_BXHW,
-                  weight=torch.ones(labels_BHW.shape, device=labels_BHW.device),
-                  is_true=torch.ones(labels_BHW.shape, dtype=torch.bool, device=labels_BHW.device))
-
-
 def _empty_pseudo(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None,
                   align_corners: bool) -> tuple[Target, Upsample]:
     """A pseudo-label target to be filled in, and the resizing to its size."""
     height, width = logits_BKhw.shape[-2:] if size is None else size
     upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), (height, width), align_corners, logits_BKhw)
-    shape, options = (len(logits_BKhw), height, width), {"dtype": upsample.dtype, "device": logits_BKhw.device}
-    target = Target(labels=torch.empty(shape, dtype=torch.int64, device=logits_BKhw.device),
-                    weight=torch.ones(shape, **options), confidence=torch.empty(shape, **options),
-                    is_true=torch.zeros(shape, dtype=torch.bool, device=logits_BKhw.device))
+    shape, device = (len(logits_BKhw), height, width), logits_BKhw.device
+    target = Target(labels=torch.empty(shape, dtype=torch.int64, device=device),
+                    weight=torch.ones(shape, dtype=upsample.dtype, device=device),
+                    confidence=torch.empty(shape, dtype=upsample.dtype, device=device),
+                    is_true=torch.zeros(shape, dtype=torch.bool, device=device))
     return target, upsample

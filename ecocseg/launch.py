@@ -21,7 +21,7 @@ from ecocseg import checkpoint, loop
 from ecocseg.config import RunConfig
 from ecocseg.engine import World
 from ecocseg.errors import InputError
-from ecocseg.storage import Storage, join
+from ecocseg.storage import Storage, is_remote, join
 
 LEAST_CPU = 0.1
 """Smallest CPU share a worker is placed with; Ray counts it, the operating system does not enforce it."""
@@ -167,7 +167,7 @@ def tracker_factory(config: RunConfig, run_url: str) -> loop.TrackerFactory:
     from ecocseg.tracking import Tracker
 
     def make(start_step: int, console: Callable[[dict[str, Any]], None]) -> Tracker:
-        local = run_url if "://" not in run_url else tempfile.mkdtemp(prefix="ecocseg-")
+        local = run_url if not is_remote(run_url) else tempfile.mkdtemp(prefix="ecocseg-")
         return Tracker(local, config.train.steps, start_step, console, tensorboard=config.tracking.tensorboard)
 
     return make
@@ -200,7 +200,7 @@ def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     """
     storage = checkpoint.build_storage(config)
     root, name = config.run.directory, config.run.name
-    if "://" not in root:
+    if not is_remote(root):
         root = str(Path(root).resolve())
     if name is None and resume is not None:
         runs = sorted(n for n in storage.list_dirs(root) if n.startswith(f"{config.recipe}-"))
@@ -217,6 +217,22 @@ def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     if not there and resume == "yes":
         raise InputError(f"--resume: {url} holds no complete checkpoint; start without it")
     return config.updated(run={"name": name}), url
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with local paths made absolute: workers start in a folder of their own."""
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or is_remote(path) else str(Path(path).resolve())
+
+    data, book = config.data, config.coding.codebook
+    pretrained = config.model.pretrained
+    if pretrained is not None and Path(pretrained).exists():
+        pretrained = absolute(pretrained)
+    return config.updated(
+        data={"labeled": absolute(data.labeled), "unlabeled": absolute(data.unlabeled),
+              "eval": {name: absolute(url) for name, url in data.eval.items()}},
+        coding={"codebook": book.model_dump() | {"path": absolute(book.path), "embeddings": absolute(book.embeddings)}},
+        model={"pretrained": pretrained}, run={"directory": absolute(config.run.directory)})
 
 
 def preflight(config: RunConfig, run_url: str) -> None:
@@ -283,13 +299,13 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None) -> 
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config, run_url = choose_run(config, resume)
+    config, run_url = choose_run(with_absolute_paths(config), resume)
     preflight(config, run_url)
     start_ray()
     resources = plan_resources(config, *cluster_size())
-    board = ray.remote(num_cpus=0, max_concurrency=1)(Board).remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
     storage_path, filesystem = join(run_url, ".ray"), None
-    if "://" in run_url:
+    if is_remote(run_url):
         filesystem, storage_path = checkpoint.build_storage(config).open(storage_path)
     trainer = TorchTrainer(
         worker_main,

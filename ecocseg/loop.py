@@ -20,14 +20,15 @@ from ecocseg.config import RunConfig
 from ecocseg.data.order import RareClass
 from ecocseg.data.pipeline import Batch, Stream
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
-from ecocseg.data.transforms import WeakTransform, decode_image, decode_mask
+from ecocseg.data.transforms import WeakTransform
 from ecocseg.engine import World, build_engine, schedule
 from ecocseg.errors import InputError
-from ecocseg.evaluate import EvalResult, Normalize, evaluate
+from ecocseg.evaluate import EvalResult, Normalize, evaluate, samples_of_rows
 from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
+from ecocseg.storage import is_remote
 from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker
 
@@ -156,8 +157,8 @@ class Session:
                 clock.skip()
             if stop and not last:
                 raise Stopped(f"stopped at step {self.step}; saved, go on with --resume")
-        if not results and self.config.data.eval:  # resumed after its last step
-            results = self._evaluate()
+        if not results and self.config.data.eval:  # resumed after its last step, which is in the records already
+            results = self._evaluate(record=False)
         return self._final(results)
 
     def _train_step(self, batches: dict[str, Iterator[list[Batch]]]) -> None:
@@ -225,16 +226,17 @@ class Session:
             self.engine.average_buffers(model)
         return models
 
-    def _evaluate(self) -> dict[str, dict[str, EvalResult]]:
+    def _evaluate(self, record: bool = True) -> dict[str, dict[str, EvalResult]]:
         """Student and teacher on every evaluation set; each worker takes its own rows, counts are summed."""
         models = self._averaged_models()
         results = {}
         for name in self.config.data.eval:
+            rows = iter_rows(self.manifests[f"eval/{name}"], self.world.rank, self.world.size, storage=self.storage)
             results[name] = evaluate(
-                models, self.coding, eval_samples(self.manifests[f"eval/{name}"], self.world, self.storage), self.spec,
+                models, self.coding, samples_of_rows(rows), self.spec,
                 normalize=self.normalize, device=self.world.device, reduce=self.world.sum,
                 autocast=self.engine.autocast_dtype)
-        if self.world.rank == 0:
+        if record and self.world.rank == 0:
             self._record({f"{name}/{which}/{key}": getattr(result, key) for name, by_model in results.items()
                           for which, result in by_model.items() for key in ("miou", "accuracy", "ece")})
         return results
@@ -266,7 +268,7 @@ class Session:
 
     def _mirror(self) -> None:
         """Copy curves and pictures to the run's folder when that is a bucket."""
-        if self.tracker is not None and "://" in self.run_url:
+        if self.tracker is not None and is_remote(self.run_url):
             self.storage.upload_dir(str(self.tracker.directory), self.run_url)
 
     def _best_url(self) -> str | None:
@@ -390,13 +392,3 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode_threads=data.decode_threads,
         read_cpus=data.read_cpus, storage=checkpoint.build_storage(config),
         columns=("image_id", "image", "mask") if labeled else ("image_id", "image"))
-
-
-def eval_samples(manifest: Manifest, world: World, storage: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """(image uint8 [3, H, W], labels uint8 [H, W]) of this worker's rows: every row once over all workers."""
-    import numpy as np
-
-    for row in iter_rows(manifest, world.rank, world.size, ["image_id", "image", "mask"], storage):
-        image = np.asarray(decode_image(row["image"], row["image_id"]))
-        labels = np.asarray(decode_mask(row["mask"], row["image_id"]))
-        yield torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(labels.copy())

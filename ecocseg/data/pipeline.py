@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,17 @@ class Batch:
     valid: torch.Tensor  # bool [B, H, W], False on padding
     positions: torch.Tensor  # int64 [B], places in the stream's sequence
     image_ids: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with images, labels and padding mask on a device; from pinned memory without waiting."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        labels = None if self.labels is None else move(self.labels)
+        return replace(self, image=move(self.image), labels=labels, valid=move(self.valid))
 
 
 @dataclass

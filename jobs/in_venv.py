@@ -1,7 +1,7 @@
 """Run a command of this project in its own environment, made at the first call. Needs nothing but Python >= 3.11.
 
-    python3 jobs/venv.py jobs/train_uda.py          # make .venv if need be, then train the demo
-    python3 jobs/venv.py -m pytest                  # make .venv if need be, then run the tests
+    python3 jobs/in_venv.py jobs/train_uda.py          # make .venv if need be, then train the demo
+    python3 jobs/in_venv.py -m pytest                  # make .venv if need be, then run the tests
 
 The environment lies in `.venv` beside pyproject.toml and is made anew when that or constraints.txt changes.
 """
