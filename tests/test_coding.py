@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,6 +297,26 @@ def test_codings_travel_between_processes():
     first = coding.scores(logits)
     again = pickle.loads(pickle.dumps(coding))
     assert torch.equal(again.scores(logits), first) and again.describe() == coding.describe()
+
+
+def test_the_benchmark_compares_with_a_5d_formulation_of_the_same_maths():
+    path = Path(__file__).parents[1] / "jobs" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    coding = EcocCoding(random_codebook(12, 16), reliability=0.9, max_candidates=8)
+    codes = torch.tensor(coding.codebook.matrix)
+    logits = random_logits(coding.codebook.matrix, (2, 9, 9), seed=16).requires_grad_()
+    target = coding.pseudo_label(logits)
+    torch.testing.assert_close(benchmark.scores_5d(logits, codes), coding.scores(logits), **TIGHT)
+    labels, dense, confidence = benchmark.pseudo_label_5d(logits, codes, 0.9)
+    assert torch.equal(labels, target.labels) and torch.equal(dense, target.dense_bits(16))
+    torch.testing.assert_close(confidence, target.confidence, **TIGHT)
+    loss = benchmark.loss_5d(logits, dense, codes, target.weight)
+    torch.testing.assert_close(loss, coding.loss(logits, target)["loss"], **TIGHT)
+    slow, = torch.autograd.grad(loss, logits)
+    fast, = torch.autograd.grad(coding.loss(logits, target)["loss"], logits)
+    torch.testing.assert_close(fast, slow, **TIGHT)
 
 
 MEMORY = """

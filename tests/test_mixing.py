@@ -155,7 +155,8 @@ def test_colour_jitter_equals_pixel_arithmetic():
         got = mixing.color_jitter(image, 0.2, 0.3, 0.4, 0.1, generator=generator(seed))
         g = generator(seed)
         draws = [torch.rand((), generator=g, dtype=torch.float64).item() for _ in range(4)]
-        factors = [1 + s * (2 * u - 1) for s, u in zip((0.2, 0.3, 0.4), draws, strict=False)] + [0.1 * (2 * draws[3] - 1)]
+        factors = [1 + s * (2 * u - 1) for s, u in zip((0.2, 0.3, 0.4), draws[:3], strict=True)]
+        factors.append(0.1 * (2 * draws[3] - 1))
         order = torch.randperm(4, generator=g).tolist()
         orders.add(tuple(order))
         for b in range(2):
