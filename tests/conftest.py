@@ -1,0 +1,77 @@
+"""A tiny data set and recipe that every training test shares."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from ecocseg.config import RunConfig, validate  # noqa: E402
+from ecocseg.data.classes import ClassList  # noqa: E402
+from ecocseg.data.shards import Record, write_shards  # noqa: E402
+
+CLASSES = ClassList("tiny", ("ground", "block", "stripe", "sky"), ((90, 90, 90), (200, 60, 60), (60, 200, 60), (60, 60, 220)))
+
+
+def scene(index: int, tint: int) -> tuple[bytes, bytes]:
+    """A 48 x 64 picture of three things on a ground, and its mask; a small network learns it in seconds."""
+    rng = np.random.default_rng([index, tint])
+    mask = np.zeros((48, 64), np.uint8)
+    mask[:int(rng.integers(10, 18))] = 3
+    y, x = int(rng.integers(20, 34)), int(rng.integers(0, 40))
+    mask[y:y + 12, x:x + 16] = 1
+    mask[:, int(rng.integers(45, 60)):][:, :4] = 2
+    colours = np.array(CLASSES.palette, np.int64)[mask]
+    image = np.clip(colours + tint + rng.normal(0, 12, colours.shape), 0, 255).astype(np.uint8)
+    picture, labels = io.BytesIO(), io.BytesIO()
+    Image.fromarray(image).save(picture, "PNG")
+    Image.fromarray(mask).save(labels, "PNG")
+    return picture.getvalue(), labels.getvalue()
+
+
+def write_tiny(root: Path, classes: ClassList = CLASSES) -> Path:
+    """Shards `source` (labelled), `target` (unlabelled) and `val` (labelled target scenes) under a folder."""
+    for name, first, count, tint, labeled in (("source", 0, 20, 0, True), ("target", 100, 24, 40, False),
+                                              ("val", 200, 5, 40, True)):
+        records = []
+        for index in range(first, first + count):
+            image, mask = scene(index, tint)
+            records.append(Record(f"{name}-{index}", image, mask if labeled else None))
+        write_shards(records, str(root / name), dataset=f"tiny/{name}", classes=classes, row_group_rows=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def tiny_plain(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+    """A configuration as plain data; `section__key=value` replaces a value."""
+    plain: dict[str, Any] = {
+        "recipe": "tiny", "description": "for tests",
+        "data": {"labeled": str(data / "source"), "unlabeled": str(data / "target"), "eval": {"val": str(data / "val")},
+                 "crop": [32, 48], "loader": "torch"},
+        "model": {"encoder": "mobilenetv3_small_050", "head": "segformer", "channels": 16},
+        "coding": {"kind": "ecoc", "codebook": {"kind": "max_min", "length": 7}},
+        "method": {"kind": "self_training", "ema_decay": 0.9, "confidence_threshold": 0.6},
+        "optim": {"lr": 0.002, "decoder_lr_factor": 1, "warmup_steps": 2},
+        "train": {"steps": 10, "labeled_batch": 4, "unlabeled_batch": 4, "log_every": 1, "eval_every": 0,
+                  "checkpoint_every": 5, "panels_every": 5},
+        "engine": {"kind": "torch", "threads": 1}, "launch": {"workers": 1, "max_failures": 2},
+        "tracking": {"tensorboard": False}, "run": {"directory": str(runs), "name": "run"}}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        plain[section][name] = value
+    return plain
+
+
+def tiny_config(data: Path, runs: Path, **changes: Any) -> RunConfig:
+    return validate(tiny_plain(data, runs, **changes))
