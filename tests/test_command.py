@@ -1,0 +1,99 @@
+"""What a person types: lists, printed configurations, dry runs, and bad input that ends with exit code 2 and a remedy."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_plain, write_tiny
+
+from ecocseg.cli import main
+from ecocseg.config import recipe_names
+from ecocseg.errors import run_main
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit code and output of the command line."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        try:
+            code = run_main(lambda: main("test", "demo", list(arguments)))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, output.getvalue()
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_plain(tiny, tmp_path / "runs", data__loader="ray")))
+    return path
+
+
+def test_list_names_every_recipe_and_help_every_key() -> None:
+    code, output = command("--list")
+    assert code == 0 and all(name in output for name in recipe_names())
+    code, output = command("--help")
+    assert code == 0 and "coding.reliability" in output and "demo" in output
+
+
+def test_printed_configuration_runs_again(config: Path, tmp_path: Path) -> None:
+    code, output = command("--config", str(config), "--print-config", "train.steps=9")
+    assert code == 0
+    (tmp_path / "again.yaml").write_text(output)
+    assert command("--config", str(tmp_path / "again.yaml"), "--print-config") == (0, output)
+
+
+def test_dry_run_checks_and_trains_nothing(config: Path, tmp_path: Path) -> None:
+    code, output = command("--config", str(config), "--dry-run")
+    assert code == 0 and "all checks passed" in output and "M parameters" in output
+    assert not (tmp_path / "runs/run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--recipe", "dem"], ["no recipe 'dem'", "demo"]),
+    (["train.stepz=1"], ["train.stepz", "train.steps"]),
+    (["train.steps=lots"], ["train.steps", "lots"]),
+    (["coding.codebook.length=1"], ["4 classes need at least 2 bits"]),
+    (["launch.workers=500"], ["launch.workers", "500"]),
+    (["launch.gpu=true"], ["launch.gpu", "no GPU"]),
+    (["engine.zero_stage=3"], ["engine.zero_stage"]),
+    (["data.labeled=/nowhere"], ["data.labeled", "/nowhere"]),
+    (["model.encoder=mobilenetv3_smal_050"], ["mobilenetv3_small_050"]),
+    (["model.pretrained=/nowhere.pth"], ["/nowhere.pth"]),
+    (["run.directory=/proc/nowhere"], ["/proc/nowhere"]),
+    (["data.labeled=ftp://somewhere/x"], ["ftp"]),
+    (["--resume"], ["--resume", "no complete checkpoint"]),
+    (["train.labeled_batch=3", "launch.workers=2"], ["train.labeled_batch", "launch.workers of 1"]),
+])
+def test_bad_input_ends_with_code_2_and_the_remedy(config: Path, arguments: list[str], says: list[str]) -> None:
+    first = [] if "--recipe" in arguments else ["--config", str(config)]
+    extra = [] if "--resume" in arguments else ["--dry-run"]
+    code, output = command(*first, *extra, *arguments)
+    assert code == 2, output
+    assert "Traceback" not in output
+    for words in says:
+        assert words in output, output
+
+
+def test_lost_truncated_and_unlabelled_shards_are_named(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_plain(data, tmp_path / "runs")))
+    shard = data / "target/shard-00000.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    code, output = command("--config", str(path), "--dry-run")
+    assert code == 2 and "shard-00000.parquet" in output and "bytes" in output
+    shard.unlink()
+    code, output = command("--config", str(path), "--dry-run")
+    assert code == 2 and "is missing" in output
+    shard.write_bytes(content)
+    code, output = command("--config", str(path), "--dry-run", f"data.labeled={data}/target")
+    assert code == 2 and "have no mask" in output
+    (data / "val/manifest.json").write_text("{")
+    code, output = command("--config", str(path), "--dry-run")
+    assert code == 2 and "manifest.json is damaged" in output

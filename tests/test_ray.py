@@ -1,0 +1,123 @@
+"""Whole runs as a user starts them: Ray Train workers under DeepSpeed, fed by Ray Data; killed, stopped, gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import tiny_plain
+
+ROOT = Path(__file__).resolve().parent.parent
+TWO_WORKERS = {"data__loader": "ray", "engine__kind": "deepspeed", "engine__zero_stage": 1, "launch__workers": 2}
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "jobs/train_uda.py"), "--config", str(config), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has logged a step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if run.joinpath("metrics.jsonl").exists() and len(run.joinpath("metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in time")
+
+
+def curve(run: Path) -> dict[int, dict[str, Any]]:
+    """Logged losses by step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss", "pseudo"))} for r in records if "loss/labeled" in r}
+
+
+def write_config(folder: Path, plain: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(plain))
+    return folder / "tiny.yaml"
+
+
+def train_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training workers below a command, by start time."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = []
+    for child in children:
+        try:
+            if any("RayTrainWorker" in part for part in child.cmdline()):
+                workers.append(child)
+        except psutil.Error:
+            continue
+    return sorted(workers, key=lambda worker: worker.create_time())
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """The curve of 10 steps on 2 workers, nothing going wrong."""
+    folder = tmp_path_factory.mktemp("whole")
+    output = finish(start(write_config(folder, tiny_plain(tiny, folder, **TWO_WORKERS))))
+    assert "mIoU" in output and "written:" in output
+    assert json.loads((folder / "run/result.json").read_text())["step"] == 10
+    found = curve(folder / "run")
+    assert list(found) == list(range(1, 11))
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on_bit_for_bit(
+        tiny: Path, tmp_path: Path, whole: dict[int, dict[str, Any]]) -> None:
+    process = start(write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS)))
+    wait_for_step(tmp_path / "run", 6, process)
+    workers = train_workers(process)
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert "going on from step 5" in output
+    assert curve(tmp_path / "run") == whole
+
+
+def test_sigterm_saves_and_a_new_process_goes_on_bit_for_bit(
+        tiny: Path, tmp_path: Path, whole: dict[int, dict[str, Any]]) -> None:
+    config = write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS, train__checkpoint_every=0))
+    process = start(config)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "go on with --resume" in output, output
+    assert list((tmp_path / "run/checkpoints").glob("step_*/complete.json"))
+    output = finish(start(config, "--resume"))
+    assert "going on from step" in output and curve(tmp_path / "run") == whole
+
+
+def test_one_worker_goes_on_from_two(tiny: Path, tmp_path: Path, whole: dict[int, dict[str, Any]]) -> None:
+    plain = tiny_plain(tiny, tmp_path, **TWO_WORKERS)
+    config = write_config(tmp_path, plain)
+    process = start(config)
+    wait_for_step(tmp_path / "run", 6, process)
+    for worker in train_workers(process):
+        worker.kill()
+    process.kill()
+    process.communicate()
+    output = finish(start(config, "--resume", "launch.workers=1"))
+    assert "going on from step 5 on 1 worker(s)" in output
+    after = curve(tmp_path / "run")
+    assert list(after) == list(range(1, 11))
+    assert {step: after[step] for step in range(1, 6)} == {step: whole[step] for step in range(1, 6)}
+    # the same images from there on; batch norm sees them in one batch instead of two, so losses are near and not equal
+    assert abs(after[6]["loss/labeled"] - whole[6]["loss/labeled"]) < 0.5 * whole[6]["loss/labeled"]
