@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
-from ecocseg.data.classes import IGNORE, ClassList
+from ecocseg.data.checks import check_mask, decode_ids, image_size
+from ecocseg.data.classes import ClassList
 from ecocseg.errors import InputError
-from ecocseg.storage import Storage, join
+from ecocseg.storage import Storage, join, reason
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -90,41 +90,18 @@ class Manifest:
         return json.dumps(plain, indent=1).encode()
 
 
-def check_mask(mask_HW: NDArray[np.uint8], size: tuple[int, int], classes: ClassList, where: str) -> NDArray[np.int64]:
-    """Pixels of each class in a mask of train ids. Shape: int64 [N].
-
-    Raises:
-        InputError: when its size is not `size` (height, width), or it holds an id that is neither a class nor 255.
-    """
-    if mask_HW.shape != size:
-        raise InputError(f"{where}: the mask is {mask_HW.shape[1]} x {mask_HW.shape[0]}, the image {size[1]} x {size[0]} "
-                         "(width x height); give a mask of the image's size")
-    counts = np.bincount(mask_HW.reshape(-1), minlength=256)
-    unknown = [int(i) for i in np.flatnonzero(counts) if i >= classes.num_classes and i != IGNORE]
-    if unknown:
-        raise InputError(f"{where}: the mask holds id(s) {unknown}, the classes of '{classes.name}' are 0 to "
-                         f"{classes.num_classes - 1} and 255 is ignored; map or correct them")
-    return counts[:classes.num_classes].astype(np.int64)
-
-
 def inspect_record(record: Record, classes: ClassList) -> tuple[dict[str, Any], NDArray[np.int64] | None]:
     """A shard row of a record, and its class pixels.
 
     Raises:
         InputError: when its image or mask does not decode or does not fit, naming the image.
     """
-    try:
-        with Image.open(io.BytesIO(record.image)) as image:
-            width, height = image.size
-        mask = None
-        if record.mask is not None:
-            with Image.open(io.BytesIO(record.mask)) as opened:
-                if opened.mode not in ("L", "P"):
-                    raise InputError(f"{record.image_id}: the mask is a {opened.mode} picture; masks are 8-bit PNGs of ids")
-                mask = np.asarray(opened)
-    except OSError as error:
-        raise InputError(f"{record.image_id}: image or mask does not decode ({error}); replace or remove it") from None
-    counts = None if mask is None else check_mask(mask, (height, width), classes, record.image_id)
+    width, height = image_size(record.image, f"{record.image_id}: the image")
+    if record.image_b is not None and image_size(record.image_b, f"{record.image_id}: image_b") != (width, height):
+        raise InputError(f"{record.image_id}: the two images differ in size; give two of one size")
+    counts = None
+    if record.mask is not None:
+        counts = check_mask(decode_ids(record.mask, record.image_id), (height, width), classes, record.image_id)
     row = {"image_id": record.image_id, "image": record.image, "mask": record.mask, "image_b": record.image_b,
            "height": height, "width": width, "class_pixels": None if counts is None else counts.tolist(),
            "group": record.group, "index": record.index}
@@ -154,8 +131,9 @@ class _ShardWriter:
             return
         if self.writer is None:
             self.sink = io.BytesIO()
-            # image bytes are compressed already
-            self.writer = pq.ParquetWriter(self.sink, SCHEMA, compression="none", use_dictionary=False)
+            # image bytes are compressed already; checksums, because a reader must notice damage in the middle of a run
+            self.writer = pq.ParquetWriter(self.sink, SCHEMA, compression="none", use_dictionary=False,
+                                           write_statistics=False, write_page_checksum=True)
         self.writer.write_table(pa.Table.from_pylist(self.rows, SCHEMA), row_group_size=len(self.rows))
         self.groups.append(len(self.rows))
         self.rows = []
@@ -177,14 +155,19 @@ def write_shards(records: Iterable[Record], destination: str, *, dataset: str, c
     """Pack records into shards of about `shard_bytes` and row groups of `row_group_rows` rows.
 
     Raises:
-        InputError: for a record whose mask has unknown ids or another size, or that does not decode, and for no records.
+        InputError: for a record whose mask has unknown ids or another size, or that does not decode, for two records of
+            one image_id, and for no records. There is no manifest then.
     """
     storage = storage or Storage()
     storage.delete(join(destination, MANIFEST))  # first: a folder being written is not whole
     writer = _ShardWriter(destination, storage, shard_bytes, row_group_rows)
     totals = np.zeros(classes.num_classes, dtype=np.int64)
     labeled = 0
+    seen: set[str] = set()
     for record in records:
+        if record.image_id in seen:
+            raise InputError(f"image_id '{record.image_id}' comes twice; give each image a name of its own")
+        seen.add(record.image_id)
         row, counts = inspect_record(record, classes)
         writer.add(row)
         if counts is not None:
@@ -195,6 +178,10 @@ def write_shards(records: Iterable[Record], destination: str, *, dataset: str, c
         raise InputError(f"{destination}: there is no image to pack; check the source folder and the selection")
     manifest = Manifest(destination, dataset, classes, sum(f.rows for f in writer.files), labeled, tuple(writer.files),
                         tuple(int(t) for t in totals), options=options or {})
+    written = {file.name for file in manifest.files}
+    for name in storage.list_files(destination):  # shards of a longer set that was here before
+        if name.startswith("shard-") and name.endswith(".parquet") and name not in written:
+            storage.delete(join(destination, name))
     storage.write_bytes(join(destination, MANIFEST), manifest.to_json())
     return manifest
 
@@ -212,9 +199,7 @@ def read_manifest(url: str, storage: Storage | None = None) -> Manifest:
     except FileNotFoundError:
         raise InputError(f"no shards at {url}: {MANIFEST} is missing; jobs/prepare_shards.py makes them") from None
     except OSError as error:
-        from ecocseg.storage import _reason
-
-        raise InputError(f"cannot read {where}: {_reason(error)}") from None
+        raise InputError(f"cannot read {where}: {reason(error)}") from None
     except ValueError:
         raise InputError(f"{where} is damaged (not JSON); pack the shards anew") from None
     try:
@@ -227,11 +212,19 @@ def read_manifest(url: str, storage: Storage | None = None) -> Manifest:
                       for f in plain["files"])
         manifest = Manifest(url, plain["dataset"], classes, plain["num_rows"], plain["num_labeled"], files,
                             tuple(plain["class_pixels"]), plain["format_version"], plain["options"])
-        if manifest.hash != plain["hash"]:
-            raise InputError(f"{where} was changed: its hash is not that of its content; pack the shards anew")
-    except (KeyError, TypeError) as error:
+        if manifest.hash != plain["hash"] or not _adds_up(manifest):
+            raise InputError(f"{where} was changed: its hash and counts are not those of its content; pack the shards anew")
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where} is damaged ({error!r}); pack the shards anew") from None
     return manifest
+
+
+def _adds_up(manifest: Manifest) -> bool:
+    """Whether the counts of a manifest fit each other; its hash covers classes and shards alone."""
+    classes = manifest.classes
+    return (manifest.num_rows == sum(f.rows for f in manifest.files) and 0 <= manifest.num_labeled <= manifest.num_rows
+            and all(f.rows == sum(f.row_groups) for f in manifest.files)
+            and len(manifest.class_pixels) == len(classes.palette) == classes.num_classes)
 
 
 def check_files(manifest: Manifest, storage: Storage | None = None, checksums: bool = False) -> None:
@@ -250,7 +243,7 @@ def check_files(manifest: Manifest, storage: Storage | None = None, checksums: b
         elif size != file.bytes:
             problems.append(f"{where} has {size} bytes, the manifest says {file.bytes}")
         elif checksums and hashlib.sha256(storage.read_bytes(where)).hexdigest() != file.sha256:
-            problems.append(f"{where} has other content than was packed")
+            problems.append(f"{where} was changed: its content is not what was packed")
     if problems:
         raise InputError("damaged shards; restore them or pack them anew:\n  " + "\n  ".join(problems))
 
@@ -259,13 +252,13 @@ def _parquet(manifest: Manifest, file_index: int, storage: Storage | None) -> pq
     where = join(manifest.url, manifest.files[file_index].name)
     fs, path = (storage or Storage()).open(where)
     try:
-        return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True)
+        return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise _shard_error(where, error) from None
 
 
 def _shard_error(where: str, error: Exception) -> InputError:
-    return InputError(f"shard {where} cannot be read ({str(error).splitlines()[0]}); restore it or pack the shards anew")
+    return InputError(f"shard {where} cannot be read ({reason(error)}); restore it or pack the shards anew")
 
 
 def read_row_group(manifest: Manifest, file_index: int, group_index: int, columns: Sequence[str],
@@ -294,7 +287,8 @@ def read_metadata(manifest: Manifest, columns: Sequence[str] = ("class_pixels",)
 
 
 def iter_rows(manifest: Manifest, rank: int = 0, world: int = 1,
-              columns: Sequence[str] = ("image_id", "image", "mask"), storage: Storage | None = None) -> Iterator[dict[str, Any]]:
+              columns: Sequence[str] = ("image_id", "image", "mask"),
+              storage: Storage | None = None) -> Iterator[dict[str, Any]]:
     """Rows rank, rank + world, ... of the whole set, as dicts; over all ranks every row comes once."""
     first = 0
     for f, g, rows in zip(*manifest.row_group_table(), strict=True):

@@ -43,8 +43,12 @@ def records(part: str, count: int | None = None, seed: int = 0) -> Iterator[Reco
                      index=index)
 
 
-def prepare(root: str, *, counts: dict[str, int] | None = None, seed: int = 0, storage: Storage | None = None) -> dict[str, Manifest]:
-    """Write all parts as shards under `root`; `counts` replaces the number of scenes of some."""
+def prepare(root: str, *, counts: dict[str, int] | None = None, seed: int = 0,
+            storage: Storage | None = None) -> dict[str, Manifest]:
+    """Write all parts as shards under `root`; `counts` replaces the number of scenes of some.
+
+    `source` comes last: where it is, the others are.
+    """
     return {part: write_shards(records(part, (counts or {}).get(part), seed), join(root, part), dataset=f"demo/{part}",
                                classes=demo.CLASSES, storage=storage, options={"source": "demo", "seed": seed})
-            for part in PARTS}
+            for part in reversed(PARTS)}
