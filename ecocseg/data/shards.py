@@ -227,25 +227,31 @@ def _adds_up(manifest: Manifest) -> bool:
             and len(manifest.class_pixels) == len(classes.palette) == classes.num_classes)
 
 
+def file_problems(manifest: Manifest, storage: Storage | None = None, checksums: bool = False) -> dict[str, str]:
+    """What is wrong with lost and truncated shards, and with `checksums` changed ones, by shard name."""
+    storage = storage or Storage()
+    problems = {}
+    for file in manifest.files:
+        where = join(manifest.url, file.name)
+        size = storage.size(where)
+        if size is None:
+            problems[file.name] = f"{where} is missing"
+        elif size != file.bytes:
+            problems[file.name] = f"{where} has {size} bytes, the manifest says {file.bytes}"
+        elif checksums and hashlib.sha256(storage.read_bytes(where)).hexdigest() != file.sha256:
+            problems[file.name] = f"{where} was changed: its content is not what was packed"
+    return problems
+
+
 def check_files(manifest: Manifest, storage: Storage | None = None, checksums: bool = False) -> None:
     """Look whether every shard is there with its size, and with `checksums` its content.
 
     Raises:
         InputError: naming every lost, truncated or changed shard.
     """
-    storage = storage or Storage()
-    problems = []
-    for file in manifest.files:
-        where = join(manifest.url, file.name)
-        size = storage.size(where)
-        if size is None:
-            problems.append(f"{where} is missing")
-        elif size != file.bytes:
-            problems.append(f"{where} has {size} bytes, the manifest says {file.bytes}")
-        elif checksums and hashlib.sha256(storage.read_bytes(where)).hexdigest() != file.sha256:
-            problems.append(f"{where} was changed: its content is not what was packed")
+    problems = file_problems(manifest, storage, checksums)
     if problems:
-        raise InputError("damaged shards; restore them or pack them anew:\n  " + "\n  ".join(problems))
+        raise InputError("damaged shards; restore them or pack them anew:\n  " + "\n  ".join(problems.values()))
 
 
 def _parquet(manifest: Manifest, file_index: int, storage: Storage | None) -> pq.ParquetFile:

@@ -1,0 +1,120 @@
+"""Pairs of image and mask files: found by stem, all checked before any is packed, then read one by one."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ecocseg.data.checks import decode_ids
+from ecocseg.data.classes import IGNORE, ClassList
+from ecocseg.data.shards import Record, inspect_record
+from ecocseg.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+MASK_SUFFIXES = (".png",)
+UNKNOWN = -1
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file, its mask file if there is one, and what their names say."""
+
+    image_id: str
+    image: Path
+    mask: Path | None = None
+    group: str | None = None
+    index: int | None = None
+
+
+def id_table(ids: Mapping[int, int]) -> NDArray[np.int16]:
+    """Train id by raw id, int16 [256]; `UNKNOWN` where `ids` says nothing. 255 stays ignored unless it is given."""
+    table = np.full(256, UNKNOWN, np.int16)
+    table[IGNORE] = IGNORE
+    for raw, train in ids.items():
+        table[raw] = train
+    return table
+
+
+def find_files(folder: Path, suffixes: Sequence[str], what: str, problems: list[str]) -> dict[str, Path]:
+    """Files below a folder by their path in it without suffix, sorted; hidden ones are left out.
+
+    Raises:
+        InputError: when the folder does not exist.
+    """
+    if "://" in str(folder) or not folder.is_dir():
+        raise InputError(f"there is no local folder {folder} with {what}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix.lower() not in suffixes or any(part.startswith(".") for part in inside.parts) or path.is_dir():
+            continue
+        stem = inside.with_suffix("").as_posix()
+        if stem in found:
+            problems.append(f"{path} and {found[stem].name} have one stem; keep one of them")
+        found[stem] = path
+    return found
+
+
+def match(images: Mapping[str, Path], masks: Mapping[str, Path] | None, problems: list[str]) -> list[Pair]:
+    """Pairs of one stem; files without a partner become problems. `masks` None: images alone."""
+    if masks is None:
+        return [Pair(stem, path) for stem, path in images.items()]
+    problems += [f"{path} has no mask of the same stem" for stem, path in images.items() if stem not in masks]
+    problems += [f"{path} has no image of the same stem" for stem, path in masks.items() if stem not in images]
+    return [Pair(stem, path, masks[stem]) for stem, path in images.items() if stem in masks]
+
+
+def read_pair(pair: Pair, table: NDArray[np.int16]) -> Record:
+    """The record of a pair; the image's bytes are as found, so are the mask's when no id of it changes.
+
+    Raises:
+        InputError: when the mask does not decode or holds ids that `table` does not know, or a file cannot be read.
+    """
+    try:
+        image, mask = pair.image.read_bytes(), None if pair.mask is None else pair.mask.read_bytes()
+    except OSError as error:
+        raise InputError(f"{error.filename or pair.image} cannot be read: {error.strerror or error}") from None
+    if mask is not None:
+        raw_HW = decode_ids(mask, str(pair.mask))
+        present = np.flatnonzero(np.bincount(raw_HW.reshape(-1), minlength=256))
+        unknown = present[table[present] == UNKNOWN].tolist()
+        if unknown:
+            raise InputError(f"{pair.mask}: unknown id(s) {', '.join(map(str, unknown))}")
+        if (table[present] != present).any():
+            buffer = io.BytesIO()
+            Image.fromarray(table[raw_HW].astype(np.uint8)).save(buffer, "PNG", optimize=True)
+            mask = buffer.getvalue()
+    return Record(pair.image_id, image, mask, group=pair.group, index=pair.index)
+
+
+def checked_records(pairs: Sequence[Pair], classes: ClassList, table: NDArray[np.int16], problems: Sequence[str] = (),
+                    remedy: str = "") -> Iterator[Record]:
+    """Check every pair, then yield their records in order.
+
+    Raises:
+        InputError: at once, naming all problems there are (the first 20, and how many more); with `remedy` at its end.
+    """
+    def problem(pair: Pair) -> str | None:
+        try:
+            record = read_pair(pair, table)
+            inspect_record(replace(record, image_id=str(pair.image)), classes)
+        except InputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        every = [*problems, *(text for text in pool.map(problem, pairs) if text)]
+    if every:
+        more = [f"and {len(every) - SHOWN_PROBLEMS} more"] if len(every) > SHOWN_PROBLEMS else []
+        lines = "\n  ".join([*every[:SHOWN_PROBLEMS], *more])
+        raise InputError(f"{len(every)} problem(s) in the source, nothing was written:\n  {lines}{remedy and chr(10) + remedy}")
+    return (read_pair(pair, table) for pair in pairs)
