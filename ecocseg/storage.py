@@ -200,8 +200,11 @@ class Storage:
         """
         quick = replace(self, retries=min(self.retries, 1), timeout=min(self.timeout, 6.0))
         probe = join(url, f".writable-{uuid.uuid4().hex[:8]}")
-        quick.write_bytes(probe, b"ok")
-        quick.delete(probe)
+        try:
+            quick.write_bytes(probe, b"ok")
+            quick.delete(probe)
+        except InputError as error:
+            raise InputError(str(error).replace(probe, url)) from None
 
 
 @functools.lru_cache(maxsize=64)  # failures are not remembered
@@ -258,4 +261,6 @@ def reason(error: Exception) -> str:
     for code, remedy in remedies.items():
         if code in text:
             return remedy
+    if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
+        return f"{error.strerror or text}; give another place, or mend this one"
     return getattr(error, "strerror", None) or (text.splitlines() or [type(error).__name__])[0]

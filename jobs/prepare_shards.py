@@ -25,6 +25,7 @@ import numpy as np
 
 from ecocseg.data import shards
 from ecocseg.data.checks import check_mask, decode_ids, image_size
+from ecocseg.data.classes import ClassList
 from ecocseg.data.shards import Manifest, Record, read_manifest
 from ecocseg.data.sources import camvid, demo, folder
 from ecocseg.errors import InputError, run_main
@@ -42,6 +43,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    return 0 if text.strip("0") == "" else _positive(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("demo", run_demo, "Draw the built-in street scenes: OUT/source, OUT/target, OUT/target_eval, "
                   "OUT/source_eval.", write)
-    command.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0, the published ones)")
+    command.add_argument("--seed", type=_seed, default=0, help="seed of the scenes (default: 0, the published ones)")
     command.add_argument("--count", type=_positive, metavar="N", help="scenes of each part (default: the published numbers)")
 
     command = add("camvid", run_camvid, camvid.__doc__ or "", write, unlabeled)
@@ -107,9 +112,10 @@ def _check_output(options: argparse.Namespace, *folders: str) -> Storage:
     return storage
 
 
-def _pack(options: argparse.Namespace, storage: Storage, records: Iterator[Record], **arguments: Any) -> None:
-    show(shards.write_shards(records, options.out, shard_bytes=options.shard_mb << 20, storage=storage,
-                             row_group_rows=options.row_group_rows, **arguments))
+def _pack(options: argparse.Namespace, storage: Storage, records: Iterator[Record], dataset: str, classes: ClassList,
+          made_by: dict[str, Any]) -> None:
+    show(shards.write_shards(records, options.out, dataset=dataset, classes=classes, shard_bytes=options.shard_mb << 20,
+                             row_group_rows=options.row_group_rows, storage=storage, options=made_by))
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -122,7 +128,7 @@ def run_demo(options: argparse.Namespace) -> None:
 def run_camvid(options: argparse.Namespace) -> None:
     storage = _check_output(options, options.out)
     records = camvid.records(options.root, options.split, options.sequences, options.unlabeled)
-    _pack(options, storage, records, dataset="camvid", classes=camvid.CLASSES, options={
+    _pack(options, storage, records, "camvid", camvid.CLASSES, {
         "source": "camvid", "splits": options.split, "sequences": options.sequences, "unlabeled": options.unlabeled})
 
 
@@ -131,7 +137,7 @@ def run_folder(options: argparse.Namespace) -> None:
     classes = folder.read_classes(options.classes)
     records = folder.records(options.root, classes, options.unlabeled)
     name = options.name or Path(options.root).resolve().name
-    _pack(options, storage, records, dataset=name, classes=classes.classes, options={
+    _pack(options, storage, records, name, classes.classes, {
         "source": "folder", "unlabeled": options.unlabeled, "ids": {str(raw): train for raw, train in classes.ids.items()}})
 
 
