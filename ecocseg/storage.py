@@ -261,6 +261,6 @@ def reason(error: Exception) -> str:
     for code, remedy in remedies.items():
         if code in text:
             return remedy
-    if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
+    if isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError)):
         return f"{error.strerror or text}; give another place, or mend this one"
     return getattr(error, "strerror", None) or (text.splitlines() or [type(error).__name__])[0]

@@ -145,7 +145,8 @@ def run_check(options: argparse.Namespace) -> None:
     storage = _storage(options)
     manifest = read_manifest(options.url, storage)
     lost = shards.file_problems(manifest, storage, checksums=True)
-    checked, problems = _decode(manifest, storage, None if options.all else options.sample, set(lost))
+    unreadable = set(shards.file_problems(manifest, storage))
+    checked, problems = _decode(manifest, storage, None if options.all else options.sample, unreadable, set(lost) - unreadable)
     problems = [*lost.values(), *problems]
     if problems:
         more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
@@ -159,7 +160,8 @@ def run_check(options: argparse.Namespace) -> None:
     print(f"  whole: {len(manifest.files)} checksums are right, {checked} of {manifest.num_rows} images decode")
 
 
-def _decode(manifest: Manifest, storage: Storage, sample: int | None, suspects: set[str]) -> tuple[int, list[str]]:
+def _decode(manifest: Manifest, storage: Storage, sample: int | None, unreadable: set[str],
+            suspects: set[str]) -> tuple[int, list[str]]:
     """Decode `sample` rows, evenly spread (None: all), and all of suspect shards; how many, and what is wrong with them."""
     rows_there = manifest.num_rows
     wanted = set(np.linspace(0, rows_there - 1, min(sample or rows_there, rows_there)).astype(int).tolist())
@@ -168,13 +170,12 @@ def _decode(manifest: Manifest, storage: Storage, sample: int | None, suspects: 
         shard = manifest.files[f].name
         mine = [i for i in range(rows) if shard in suspects or first + i in wanted]
         first += rows
-        if not mine:
+        if not mine or shard in unreadable:
             continue
         try:
             table = shards.read_row_group(manifest, f, g, shards.SCHEMA.names, storage).take(mine)
         except InputError as error:
-            if not (shard in suspects and storage.size(join(manifest.url, shard)) is None):  # said already
-                problems.append(f"{_whose(manifest, f, g, storage)}: {error}")
+            problems.append(f"{_whose(manifest, f, g, storage)}: {error}")
             continue
         for row in table.to_pylist():
             problem = _row_problem(row, manifest)

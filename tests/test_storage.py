@@ -1,0 +1,208 @@
+"""Storage: local files whole or not at all; the same calls against a real S3 server; errors that say what to do, soon."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pickle
+import socket
+import stat
+import time
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from ecocseg.errors import InputError
+from ecocseg.storage import Storage, _reach, join
+
+
+def test_join_puts_one_slash_between_parts():
+    assert join("s3://b/k/", "/a/", "c") == "s3://b/k/a/c"
+    assert join("data", "x") == "data/x"
+
+
+def test_local_round_trip_listing_and_delete(tmp_path):
+    storage, root = Storage(), str(tmp_path / "new" / "deep")
+    storage.write_bytes(join(root, "a", "x.bin"), b"one")
+    storage.write_bytes(join(root, "y.bin"), b"four")
+    storage.write_bytes(join(root, "y.bin"), b"fourth")
+    assert storage.read_bytes(join(root, "y.bin")) == b"fourth"
+    assert storage.read_bytes(f"file://{root}/y.bin") == b"fourth"
+    assert storage.size(join(root, "y.bin")) == 6 and storage.size(root) is None and storage.size(join(root, "no")) is None
+    assert storage.list_dirs(root) == ["a"] and storage.list_files(root) == ["y.bin"]
+    assert storage.list_files(root, recursive=True) == ["a/x.bin", "y.bin"]
+    assert storage.list_files(join(root, "no")) == []
+    storage.delete(join(root, "a"))
+    storage.delete(join(root, "y.bin"))
+    storage.delete(join(root, "never was"))
+    assert not storage.exists(join(root, "a")) and storage.list_files(root, recursive=True) == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(join(root, "y.bin"))
+
+
+def test_a_failed_local_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    storage, url = Storage(), str(tmp_path / "f.bin")
+    storage.write_bytes(url, b"old")
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(InputError, match="f.bin: No space left"):
+        storage.write_bytes(url, b"new and longer")
+    assert (tmp_path / "f.bin").read_bytes() == b"old" and os.listdir(tmp_path) == ["f.bin"]
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*/file/run: .*give another place"):
+        Storage().check_writable(str(tmp_path / "file" / "run"))
+    Storage().check_writable(str(tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("url", "message"), [("gs://b/k", "'gs' is not a storage"), ("s3://", "names no bucket")])
+def test_urls_that_are_none(url, message):
+    with pytest.raises(InputError, match=message):
+        Storage().open(url)
+
+
+def test_upload_and_download_a_folder(tmp_path):
+    check_copies(Storage(), str(tmp_path / "there"), tmp_path)
+
+
+def test_storage_is_picklable_and_keeps_no_credentials(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-mine")
+    data = pickle.dumps(Storage(endpoint="http://x", retries=2))
+    assert pickle.loads(data) == Storage(endpoint="http://x", retries=2) and b"secret-of-mine" not in data
+
+
+def check_copies(storage: Storage, url: str, tmp_path):
+    source = tmp_path / "from"
+    (source / "sub").mkdir(parents=True)
+    files = {"a.txt": b"a" * 10, "sub/b.bin": bytes(range(256)) * 50_000}
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    os.chmod(source / "a.txt", stat.S_IRUSR)
+    storage.upload_dir(str(source), url)
+    assert storage.list_files(url, recursive=True) == sorted(files)
+    back = tmp_path / "back"
+    storage.download_dir(url, str(back))
+    assert {p.relative_to(back).as_posix(): p.read_bytes() for p in back.rglob("*") if p.is_file()} == files
+    with pytest.raises(FileNotFoundError, match="no file below"):
+        storage.download_dir(join(url, "nothing"), str(back))
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"{host}:{port}"
+    running.stop()
+
+
+def ask(server, method, path, body=None):
+    connection = http.client.HTTPConnection(server, timeout=10)
+    connection.request(method, path, body, {"Content-Type": "text/plain"})
+    status = connection.getresponse().status
+    connection.close()
+    assert status == 200
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """Storage on a server with one bucket; its address comes from the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true",
+                        "AWS_ENDPOINT_URL": f"http://{server}"}.items():
+        monkeypatch.setenv(name, value)
+    ask(server, "POST", "/moto-api/reset")
+    ask(server, "PUT", "/bucket")
+    yield Storage()
+    ask(server, "POST", "/moto-api/reset-auth", b"1000000")
+
+
+def test_s3_round_trip_listing_and_delete(s3):
+    s3.write_bytes("s3://bucket/run//a/x.bin", b"one")  # doubled slashes are one
+    s3.write_bytes("s3://bucket/run/y.bin", b"four")
+    assert s3.read_bytes("s3://bucket/run/a/x.bin") == b"one"
+    assert s3.size("s3://bucket/run/y.bin") == 4 and s3.size("s3://bucket/run/no") is None
+    assert s3.list_dirs("s3://bucket/run") == ["a"] and s3.list_files("s3://bucket/run") == ["y.bin"]
+    assert s3.list_files("s3://bucket/run", recursive=True) == ["a/x.bin", "y.bin"]
+    assert s3.list_files("s3://bucket/no") == []
+    s3.check_writable("s3://bucket/other")
+    assert s3.list_files("s3://bucket/other", recursive=True) == []
+    s3.delete("s3://bucket/run")
+    s3.delete("s3://bucket/never-was")
+    assert not s3.exists("s3://bucket/run/y.bin") and s3.list_files("s3://bucket", recursive=True) == []
+    with pytest.raises(FileNotFoundError):
+        s3.read_bytes("s3://bucket/run/y.bin")
+
+
+def test_s3_endpoint_as_argument(server, s3, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    Storage(endpoint=f"http://{server}/").write_bytes("s3://bucket/k", b"v")
+    assert Storage(endpoint=f"http://{server}").read_bytes("s3://bucket/k") == b"v"
+
+
+def test_s3_upload_and_download_a_folder(s3, tmp_path):
+    check_copies(s3, "s3://bucket/copies", tmp_path)
+
+
+def test_s3_failed_upload_leaves_no_object(s3):
+    with pytest.raises(RuntimeError), s3._create("s3://bucket/half") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert not s3.exists("s3://bucket/half")
+
+
+def test_s3_missing_bucket_says_so(s3):
+    with pytest.raises(InputError, match=r"cannot write s3://nowhere/run: there is no such bucket; make it"):
+        s3.check_writable("s3://nowhere/run")
+
+
+def test_s3_bad_credentials_say_so_and_are_not_printed(server, s3, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-mine")
+    ask(server, "POST", "/moto-api/reset-auth", b"0")
+    for call in (s3.check_writable, s3.read_bytes, s3.exists, s3.list_files, s3.delete):
+        with pytest.raises(InputError, match=r"s3://bucket/run: (the access key is unknown|access is denied)") as caught:
+            call("s3://bucket/run")
+        assert "secret-of-mine" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["check_writable", "read_bytes", "exists"])
+def test_dead_endpoint_says_so_soon(s3, call):
+    with socket.socket() as reserved:  # bound, not listening: connections are refused
+        reserved.bind(("127.0.0.1", 0))
+        dead = Storage(endpoint=f"http://127.0.0.1:{reserved.getsockname()[1]}", retries=2)
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"endpoint http://127.0.0.1:\d+ does not answer"):
+            getattr(dead, call)("s3://bucket/run")
+        assert time.monotonic() - start < 20
+
+
+def test_reaching_a_dead_endpoint_ends_whatever_the_retries(monkeypatch):
+    passed = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
+    with pytest.raises(InputError, match="does not answer"):
+        _reach("http://no-such-host.invalid:1", 1000)
+    assert passed[0] <= 10
+
+
+def test_silent_endpoint_says_so_soon(s3):
+    with socket.socket() as silent:  # takes connections, never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(16)
+        start = time.monotonic()
+        with pytest.raises(InputError, match="cannot write s3://bucket/run: the endpoint does not answer"):
+            Storage(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}").check_writable("s3://bucket/run")
+        assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("endpoint", ["ftp://127.0.0.1", "http://127.0.0.1:port"])
+def test_endpoint_that_is_no_url(s3, endpoint):
+    with pytest.raises(InputError, match="is no http"):
+        Storage(endpoint=endpoint).read_bytes("s3://bucket/run")
