@@ -259,7 +259,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("ecocseg", "torch", "torchvision", "timm", "segmentation-models-pytorch", "ray", "deepspeed", "pyarrow", "numpy"):
+    for name in ("ecocseg", "torch", "torchvision", "timm", "segmentation-models-pytorch", "ray", "deepspeed", "pyarrow",
+                 "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -61,8 +61,11 @@ def parse(description: str, default_recipe: str, argv: Sequence[str] | None) -> 
     parser.add_argument("--seeds", metavar="0,1,2", help="run once for each seed and sum up")
     parser.add_argument("--variants", metavar="FILE", help="YAML of named overrides; each is run and compared")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
-    args = parser.parse_intermixed_args(argv)
-    return args
+    words = list(sys.argv[1:] if argv is None else argv)
+    for at, word in enumerate(words):  # `--resume key=value` means a plain --resume
+        if word == "--resume" and words[at + 1:at + 2] not in (["auto"], ["yes"]):
+            words[at] = "--resume=yes"
+    return parser.parse_intermixed_args(words)
 
 
 def list_recipes() -> str:
@@ -140,7 +143,8 @@ def print_results(before: launch.RunResult | None, after: launch.RunResult, disp
             columns["source only"] = EvalResult.from_dict(before.results[name]["student"])
         for which in ("teacher", "student"):
             if which in by_model:
-                columns["adapted" if before is not None and which == "student" else which] = EvalResult.from_dict(by_model[which])
+                title = "adapted" if before is not None and which == "student" else which
+                columns[title] = EvalResult.from_dict(by_model[which])
         display.print_table(table(columns, after.classes, difference=before is not None), f"evaluation on '{name}'")
 
 

@@ -66,7 +66,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, optim: OptimConfig, engine: EngineConfig,
                  world: World, micro_batch: int) -> None:
-        self.model, self.optimizer, self.clipping, self.world = model, optimizer, optim.gradient_clipping, world
+        self.model, self.clipping, self.world = model, optim.gradient_clipping, world
+        self.optimizer: Any = optimizer
         self.autocast_dtype = torch.bfloat16 if engine.precision == "bf16" else None
         self.forward: Callable[..., Any] = model
         self._wrap(optimizer, engine, micro_batch)
@@ -222,7 +223,7 @@ class DeepSpeedEngine(Engine):
         for name, p in self.model.named_parameters():
             for key, value in state[name].items():
                 if value.ndim > 0:
-                    p.set_full_hp_param(value.to(p.device), key)
+                    p.set_full_hp_param(value.to(p.device), key)  # type: ignore[attr-defined]
 
 
 def quiet_deepspeed() -> None:

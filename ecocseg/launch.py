@@ -79,7 +79,8 @@ def cluster_size() -> tuple[float, int]:
     if ray.is_initialized():
         total = ray.cluster_resources()
         return float(total.get("CPU", 0)), int(total.get("GPU", 0))
-    return float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1), torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return float(cores), torch.cuda.device_count()
 
 
 def start_ray() -> None:

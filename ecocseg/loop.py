@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ecocseg import checkpoint
 from ecocseg.config import RunConfig
+from ecocseg.data.classes import IGNORE
 from ecocseg.data.order import RareClass
 from ecocseg.data.pipeline import Batch, Stream
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
@@ -191,7 +192,7 @@ class Session:
         and of micro-batches does not change the loss."""
         if self.config.method.average == "all":
             return None
-        count = torch.stack([(batch.labels != 255).sum() for batch in labeled]).sum().float()
+        count = torch.stack([(batch.labels != IGNORE).sum() for batch in labeled if batch.labels is not None]).sum().float()
         return self.world.sum(count).clamp_min(1) / (self.world.size * len(labeled))
 
     def _log(self, clock: Clock) -> bool:
@@ -281,7 +282,8 @@ class Session:
 
     def model_line(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        return f"{self.config.model.encoder} + {self.config.model.head}, {size:.2f} M parameters, {self.coding.num_outputs} outputs"
+        model = self.config.model
+        return f"{model.encoder} + {model.head}, {size:.2f} M parameters, {self.coding.num_outputs} outputs"
 
     def batch_line(self) -> str:
         train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.method.needs_unlabeled else ""

@@ -37,7 +37,8 @@ class Teacher:
         """Move one step towards the student's parameters; called at the start of each step but the first."""
         self.updates += 1
         alpha = min(1 - 1 / (self.updates + 1), self.decay)
-        mine, theirs = list(self.module.parameters()), [p.detach() for p in student.parameters()]
+        mine: list[torch.Tensor] = list(self.module.parameters())
+        theirs = [p.detach() for p in student.parameters()]
         if len(mine) != len(theirs):
             raise RuntimeError(f"teacher has {len(mine)} parameters, student {len(theirs)}")
         torch._foreach_lerp_(mine, [p.float() for p in theirs], 1 - alpha)

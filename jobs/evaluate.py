@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone 
 from ecocseg.errors import InputError, run_main
 
 if TYPE_CHECKING:
-    from ecocseg.data.shards import Manifest
-
     from ecocseg.checkpoint import Loaded
+    from ecocseg.data.shards import Manifest
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,10 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from ecocseg.data.shards import iter_rows, read_manifest
-
     from ecocseg import inference
     from ecocseg.checkpoint import build_storage
+    from ecocseg.data.shards import iter_rows, read_manifest
     from ecocseg.evaluate import evaluate, samples_of_rows, table
 
     if options.json:

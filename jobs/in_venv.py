@@ -19,7 +19,7 @@ STAMP = HOME / "installed"
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file alone may meet an older Python
         sys.exit(f"error: Python {sys.version.split()[0]} is too old; call this with Python 3.11 or newer")
     python = HOME / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()).hexdigest()

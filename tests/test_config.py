@@ -58,7 +58,8 @@ def test_unknown_recipe_suggests_the_right_one() -> None:
 def test_a_file_may_build_on_a_shipped_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: demo\ndescription: mine\ntrain: {steps: 77}\n")
     config = load(file=str(tmp_path / "mine.yaml"))
-    assert config.recipe == "mine" and config.train.steps == 77 and config.train.labeled_batch == load("demo").train.labeled_batch
+    assert config.recipe == "mine" and config.train.steps == 77
+    assert config.train.labeled_batch == load("demo").train.labeled_batch
     with pytest.raises(InputError, match="cannot read"):
         load(file=str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [1")

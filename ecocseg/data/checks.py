@@ -46,7 +46,8 @@ def decode_ids(data: bytes, where: str) -> NDArray[np.uint8]:
                 return np.asarray(opened)
     except DECODING_ERRORS as error:
         raise InputError(f"{where}: the mask does not decode ({error}); replace or remove it") from None
-    raise InputError(f"{where}: the mask is a {mode} {kind}; save it as an 8-bit grey or palette PNG of class ids")
+    bits = f" of {data[24]} bits a sample" if kind == "PNG" else ""
+    raise InputError(f"{where}: the mask is a {mode} {kind}{bits}; save it as an 8-bit grey or palette PNG of class ids")
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:

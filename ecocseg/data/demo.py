@@ -200,7 +200,8 @@ def _person(scene: Scene, x: float, z: float) -> None:
 def _vehicle(scene: Scene, x: float, z: float, kind: int) -> None:
     """A car or truck seen from behind, with the side that faces the street's middle."""
     rng, colour = scene.rng, _look(scene, kind)
-    wide, low, high, length = (1.8, 0.25, rng.uniform(1.35, 1.6), 4.2) if kind == CAR else (2.4, 0.4, rng.uniform(2.7, 3.5), 7.5)
+    wide, low, length = (1.8, 0.25, 4.2) if kind == CAR else (2.4, 0.4, 7.5)
+    high = rng.uniform(1.35, 1.6) if kind == CAR else rng.uniform(2.7, 3.5)
     inner, dark = (x + wide / 2 if x < 0 else x - wide / 2), (32.0, 34.0, 40.0)
     scene.fill([scene.at(inner, low, z), scene.at(inner, high * 0.96, z + 0.4), scene.at(inner, high * 0.9, z + length),
                 scene.at(inner, low, z + length)], kind, _shade(colour, 0.75), z + 1)
@@ -250,7 +251,7 @@ def _street(scene: Scene) -> None:
     for _ in range(rng.poisson(3.2)):
         at, kind = 6 + rng.gamma(1.7, 9), CAR if rng.random() < 0.68 else TRUCK
         lane = rng.choice([-1, 1]) * road * rng.uniform(0.35, 0.72)
-        things.append((at, lambda at=at, lane=lane, kind=kind: _vehicle(scene, lane, at, kind)))
+        place(at, _vehicle, lane, at, kind)
     if rng.random() < 0.3:
         at = 6 + rng.gamma(1.6, 8)
         place(at, _person, rng.uniform(-road, road), at)
@@ -311,7 +312,8 @@ def _real(scene: Scene, colour: NDArray[np.float32], mask: NDArray[np.uint8],
     courses = (rows % rng.integers(5, 9) < 1.5) & (mask == BUILDING)
     light[courses] *= rng.uniform(0.72, 0.9)
     light *= _shadows(rng, scene, mask)
-    light *= 1 + rng.uniform(-0.25, 0.25) * (columns / (WIDTH * FINE) - 0.5) + rng.uniform(0, 0.2) * (0.5 - rows / (HEIGHT * FINE))
+    across, down = columns / (WIDTH * FINE) - 0.5, 0.5 - rows / (HEIGHT * FINE)
+    light *= 1 + rng.uniform(-0.25, 0.25) * across + rng.uniform(0, 0.2) * down
     image = colour * light[..., None]
     stains = (_noise(rng, 9) > 0.72) & ((mask == ROAD) | (mask == SIDEWALK))
     image[stains] = image[stains] * 0.62 + np.array([40, 36, 22], dtype=np.float32) * rng.uniform(0.3, 1)
@@ -321,7 +323,7 @@ def _real(scene: Scene, colour: NDArray[np.float32], mask: NDArray[np.uint8],
     air = np.array([188, 188, 186], dtype=np.float32) * rng.uniform(0.7, 1.08)
     image += (air - image) * np.where(mask == SKY, 0.35, haze)[..., None].astype(np.float32)
     image *= np.array([rng.uniform(0.95, 1.08), rng.uniform(0.97, 1.03), rng.uniform(0.86, 1.04)], dtype=np.float32)
-    photo = _average(image)
+    photo: NDArray[np.floating] = _average(image)
     ring = np.hypot(np.linspace(-1, 1, HEIGHT)[:, None], np.linspace(-1, 1, WIDTH)[None])
     photo = 255 * np.clip(photo / 255, 0, 1) ** rng.uniform(0.85, 1.15) * (1 - rng.uniform(0.05, 0.28) * ring[..., None] ** 2)
     soft = Image.fromarray(_finish(photo)).filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.8))))
@@ -336,8 +338,8 @@ def _shadows(rng: Rng, scene: Scene, mask: NDArray[np.uint8]) -> NDArray[np.floa
     for _ in range(rng.integers(1, 6)):
         z, deep = 3 + rng.gamma(1.5, 7), rng.uniform(1, 5)
         left, right = sorted(rng.uniform(-9, 9, 2))
-        pen.polygon([scene.at(left, 0, z), scene.at(right, 0, z + abs(slant)), scene.at(right + slant, 0, z + deep + abs(slant)),
-                     scene.at(left + slant, 0, z + deep)], fill=dark)
+        pen.polygon([scene.at(left, 0, z), scene.at(right, 0, z + abs(slant)),
+                     scene.at(right + slant, 0, z + deep + abs(slant)), scene.at(left + slant, 0, z + deep)], fill=dark)
     factor = np.asarray(layer.filter(ImageFilter.GaussianBlur(2)), dtype=np.float32) / 255
     return np.where((mask == ROAD) | (mask == SIDEWALK) | (mask == CAR), factor, 1).astype(np.float32)
 

@@ -116,7 +116,7 @@ def feature_distance(feature_BChw: Tensor, pretrained_BChw: Tensor, labels_BHW: 
 
     Zero, and not NaN, when there is no such cell. Shape: scalar.
     """
-    size = feature_BChw.shape[-2:]
+    size = (feature_BChw.shape[-2], feature_BChw.shape[-1])
     is_class_BTHW = torch.stack([labels_BHW == c for c in classes], 1).float()
     cover_Bhw = F.adaptive_avg_pool2d(is_class_BTHW, size).amax(1)
     mask_Bhw = (cover_Bhw >= share).float()
