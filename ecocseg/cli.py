@@ -165,7 +165,7 @@ def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDispl
                     node = node[part]
                 node[leaf] = value
             one = validate(plain).updated(train={"seed": seed, "compare_with_source_only": False},
-                                          run={"name": f"{base}/{name}-seed{seed}"})
+                                          run={"name": f"{base}/{name.replace(' ', '-')}-seed{seed}"})
             result = finished_or_train(one, display)
             for eval_name, by_model in result.results.items():
                 for which, found in by_model.items():
@@ -186,18 +186,24 @@ def read_variants(path: str) -> dict[str, dict[str, Any]]:
 
 
 def summary(scores: dict[str, dict[str, list[float]]], seeds: list[int]) -> str:
-    """Markdown table of mIoU: every seed, mean and sample deviation."""
+    """Markdown table of mIoU by variant: mean, sample deviation and every seed; then each variant minus `one-hot`."""
     columns = list(dict.fromkeys(column for by in scores.values() for column in by))
-    lines = ["| mIoU, % | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for name, by in scores.items():
-        cells = []
-        for column in columns:
-            values = by.get(column)
-            if not values:
-                cells.append("")
-                continue
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            each = f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}{each}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return f"seeds {', '.join(map(str, seeds))}; last checkpoint\n\n" + "\n".join(lines)
+    lines = [f"mIoU in %, last checkpoint, seeds {', '.join(map(str, seeds))}: mean ± sample deviation (each seed)", "",
+             "| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(_cell(by.get(column)) for column in columns) + " |" for name, by in scores.items()]
+    baseline = scores.get("one-hot", {}).get(columns[0], [])
+    differences = {name: [value - base for value, base in zip(by[columns[0]], baseline, strict=True)]
+                   for name, by in scores.items() if baseline and name != "one-hot"}
+    if differences:
+        lines += ["", f"minus one-hot, {columns[0]}, seed by seed:"]
+        lines += [f"- {name}: {', '.join(f'{value:+.1f}' for value in values)} (mean {statistics.mean(values):+.1f})"
+                  for name, values in differences.items()]
+    return "\n".join(lines)
+
+
+def _cell(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
