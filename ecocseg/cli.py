@@ -131,7 +131,6 @@ def finished_or_train(config: RunConfig, display: ProgressDisplay) -> launch.Run
     if storage.exists(join(run_url, "result.json")):
         final = json.loads(storage.read_bytes(join(run_url, "result.json")))
         return launch.RunResult(run_url, final["step"], final["results"], final["classes"], final)
-    display.update({"phase": config.run.name or config.recipe, "loss/mixed": None, "confident_share": None})
     return launch.train(config, "auto", display)
 
 

@@ -223,7 +223,7 @@ class EngineConfig(Section):
     sync_batch_norm: bool = False
     """Compute batch norm statistics over all workers (GPU only)."""
     threads: int | None = Field(None, ge=1)
-    """Torch threads per worker on CPU; null = cores / workers."""
+    """Torch threads per worker on CPU; null = its share of the CPUs."""
 
 
 class LaunchConfig(Section):

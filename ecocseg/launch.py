@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
     if share < LEAST_CPU or workers * share + ingest > cpus + 1e-9:
         raise InputError(f"launch.workers: {workers} worker(s) x {share:g} CPU + {ingest:g} CPU for ingest exceed the "
                          f"cluster's {cpus:g} CPUs; use fewer workers, a smaller launch.cpus_per_worker or data.read_cpus")
-    threads = config.engine.threads or max(1, int(cpus // workers))
+    # Not more threads than the worker's share: spinning threads and Ray's own would fight for the cores.
+    threads = config.engine.threads or max(1, int(share))
     return Resources(workers, share, use_gpu, ingest, threads)
 
 
@@ -204,7 +206,8 @@ def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     if not is_remote(root):
         root = str(Path(root).resolve())
     if name is None and resume is not None:
-        runs = sorted(n for n in storage.list_dirs(root) if n.startswith(f"{config.recipe}-"))
+        named = re.compile(re.escape(config.recipe) + r"-\d{8}-\d{6}")
+        runs = sorted(n for n in storage.list_dirs(root) if named.fullmatch(n))
         runs = [n for n in runs if checkpoint.Checkpoints(join(root, n), storage).complete()]
         name = runs[-1] if runs else None
         if name is None and resume == "yes":
@@ -259,7 +262,6 @@ def preflight(config: RunConfig, run_url: str) -> None:
     coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
     with torch.device("meta"):
         checkpoint.build_model(config.model, coding.num_outputs, pretrained=False)
-    write_run_files(config, run_url, storage, manifests, book)
 
 
 def prepare_data(config: RunConfig, storage: Storage) -> None:
@@ -273,8 +275,10 @@ def prepare_data(config: RunConfig, storage: Storage) -> None:
     demo.prepare(root, storage=storage)
 
 
-def write_run_files(config: RunConfig, run_url: str, storage: Storage, manifests: dict[str, Any], book: Any) -> None:
+def write_run_files(config: RunConfig, run_url: str) -> None:
     """What is needed to run it again: resolved config, codebook, versions, commit, data hashes."""
+    storage, manifests = checkpoint.build_storage(config), loop.load_manifests(config)
+    book = checkpoint.build_codebook(config.coding, manifests["labeled"].classes)
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
                                 cwd=Path(__file__).parent).stdout.strip()
@@ -304,6 +308,7 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None) -> 
     preflight(config, run_url)
     start_ray()
     resources = plan_resources(config, *cluster_size())
+    write_run_files(config, run_url)
     board = ray.remote(num_cpus=0)(Board).remote()
     storage_path, filesystem = join(run_url, ".ray"), None
     if is_remote(run_url):
@@ -319,6 +324,7 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None) -> 
         run_config=RayRunConfig(name=f"train-{time.time_ns()}", storage_path=storage_path, storage_filesystem=filesystem,
                                 failure_config=FailureConfig(max_failures=config.launch.max_failures)))
     if display is not None:
+        display.restart(config.run.name or config.recipe)
         display.update({"kind": "message", "text": f"{config.recipe}: {resources.describe()}; run folder {run_url}"})
     final = watch(trainer.fit, board, display)
     result = RunResult(run_url, final["step"], final["results"], final["classes"], final)

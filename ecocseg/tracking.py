@@ -162,6 +162,10 @@ class ProgressDisplay:
         self._state: dict[str, Any] = {}
         self._shown: tuple[float, float] | None = None  # clock and share of the run at the last plain line
 
+    def restart(self, phase: str) -> None:
+        """Forget the values of the run before; the next lines begin with the name of the new one."""
+        self._state, self._shown = {"phase": phase}, None
+
     def update(self, record: Mapping[str, Any]) -> None:
         """Take in a record and show it when it is time to."""
         kind = record.get("kind")

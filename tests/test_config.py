@@ -34,7 +34,7 @@ def test_overrides_replace_nested_values_and_read_numbers_as_people_write_them()
     (["train.steps"], ["not key=value"]),
     (["train.steps.more=1"], ["train.steps.more"]),
     (["method.feature_distance=0.1"], ["model.pretrained"]),
-    (["optim.warmup_steps=400"], ["optim.warmup_steps", "train.steps"]),
+    (["optim.warmup_steps=350"], ["optim.warmup_steps", "train.steps"]),
     (["method.ignore_bottom=128"], ["data.crop"]),
 ])
 def test_bad_values_are_named_with_the_remedy(overrides: list[str], says: list[str]) -> None:
