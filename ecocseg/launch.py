@@ -345,11 +345,11 @@ def watch(fit: Callable[[], Any], board: Any, display: Any) -> dict[str, Any]:
         except BaseException as caught:  # noqa: BLE001 - carried to the main thread
             error.append(caught)
 
-    asked: list[int] = []
+    asked: list[float] = []
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda s, frame: _on_signal(s, asked, board))
+            previous[number] = signal.signal(number, lambda s, frame: _on_signal(asked, board))
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
     final: dict[str, Any] | None = None
@@ -376,8 +376,11 @@ def watch(fit: Callable[[], Any], board: Any, display: Any) -> dict[str, Any]:
     raise RunFailed(cause) from (error[0] if error and failure is None else None)
 
 
-def _on_signal(number: int, asked: list[int], board: Any) -> None:
-    asked.append(number)
+def _on_signal(asked: list[float], board: Any) -> None:
+    """First: save and stop. Again: stop at once; a copy of the first, as `timeout` sends it, is not "again"."""
+    asked.append(time.monotonic())
+    if asked[-1] - asked[0] < 2 and len(asked) > 1:
+        return
     if len(asked) == 1:
         print("\nstopping: saving a checkpoint first (again to stop at once)", file=sys.stderr, flush=True)
         board.request_stop.remote()
