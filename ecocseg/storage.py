@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import os
 import shutil
-import socket
+import ssl
 import time
 import uuid
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ class Storage:
             scheme = scheme or "https"
             if scheme not in ("http", "https"):
                 raise InputError(f"storage.endpoint '{endpoint}' is no http:// or https:// URL; correct it")
-            _reach(f"{scheme}://{host}", self.retries)
+            _reach(f"{scheme}://{host}", self.retries, min(10.0, self.timeout))
             options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme,
                         "force_virtual_addressing": self.path_style is False}
         region = self.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or "us-east-1"
@@ -92,11 +93,16 @@ class Storage:
 
         Raises:
             FileNotFoundError: when there is none.
-            InputError: when it cannot be read for another reason, naming the URL.
+            InputError: when it cannot be read for another reason (its bucket does not exist), naming the URL.
         """
         fs, path = self.open(url)
-        with _reading(url), fs.open_input_stream(path) as stream:
-            return stream.read()
+        try:
+            with _reading(url), fs.open_input_stream(path) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            if isinstance(fs, pafs.S3FileSystem) and _bucket_is_missing(fs, path):
+                raise InputError(f"cannot read {url}: {REMEDIES['NO_SUCH_BUCKET']}") from None
+            raise
 
     @contextlib.contextmanager
     def _create(self, url: str) -> Iterator[BinaryIO]:
@@ -208,20 +214,22 @@ class Storage:
 
 
 @functools.lru_cache(maxsize=64)  # failures are not remembered
-def _reach(endpoint: str, retries: int) -> None:
-    """Connect to an endpoint once, for at most about ten seconds: the S3 client itself takes minutes to say that it is away.
+def _reach(endpoint: str, retries: int, seconds: float = 10.0) -> None:
+    """Ask an endpoint for anything, for about `seconds`: the S3 client itself takes minutes to say that nothing answers.
+
+    Any HTTP answer will do, a refusal too. The question carries no credentials, so certificates are left to the S3 client.
 
     Raises:
         InputError: when it does not answer.
     """
-    parts, deadline = urlsplit(endpoint), time.monotonic() + 10
+    parts, deadline = urlsplit(endpoint), time.monotonic() + seconds
     try:
-        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        host, port = parts.hostname or "", parts.port
     except ValueError:
         raise InputError(f"storage.endpoint '{endpoint}' is no http:// or https:// URL; correct it") from None
     for attempt in range(retries + 1):
         try:
-            socket.create_connection(address, timeout=max(1.0, min(5.0, deadline - time.monotonic()))).close()
+            _ask(parts.scheme, host, port, timeout=max(1.0, min(5.0, deadline - time.monotonic())))
             return
         except (OSError, UnicodeError) as error:
             pause = 0.25 * 2 ** attempt
@@ -229,6 +237,29 @@ def _reach(endpoint: str, retries: int) -> None:
                 raise InputError(f"the storage endpoint {endpoint} does not answer ({error}); check storage.endpoint or "
                                  "AWS_ENDPOINT_URL") from None
             time.sleep(pause)
+        except http.client.HTTPException:
+            return  # an answer, if a strange one: the S3 client has more to say about it
+
+
+def _ask(scheme: str, host: str, port: int | None, timeout: float) -> None:
+    connection: http.client.HTTPConnection
+    if scheme == "https":
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/")
+        connection.getresponse()
+
+
+def _bucket_is_missing(fs: pafs.FileSystem, path: str) -> bool:
+    """Whether the bucket of a path surely does not exist; False when one may not look."""
+    try:
+        return fs.get_file_info(path.split("/")[0]).type == pafs.FileType.NotFound
+    except (OSError, pa.ArrowException):
+        return False
 
 
 @contextlib.contextmanager
@@ -249,16 +280,20 @@ def _reading(url: str) -> Iterator[None]:
         raise InputError(f"cannot read {url}: {reason(error)}") from None
 
 
+REMEDIES = {
+    "NO_SUCH_BUCKET": "there is no such bucket; make it, or correct its name",
+    "INVALID_ACCESS_KEY_ID": "the access key is unknown there; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "SIGNATURE_DOES_NOT_MATCH": "the secret key is wrong; set AWS_SECRET_ACCESS_KEY",
+    "ACCESS_DENIED": "access is denied; check the credentials in the environment and the bucket's policy",
+    "HTTP status 301": "the bucket lies in another region; set storage.region or AWS_DEFAULT_REGION",
+    "NETWORK_CONNECTION": "the endpoint does not answer; check storage.endpoint or AWS_ENDPOINT_URL"}
+"""What to do, by what the S3 client says."""
+
+
 def reason(error: Exception) -> str:
     """What went wrong and what to do, for the storage errors people meet."""
     text = str(error)
-    remedies = {"NO_SUCH_BUCKET": "there is no such bucket; make it, or correct its name",
-                "INVALID_ACCESS_KEY_ID": "the access key is unknown there; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-                "SIGNATURE_DOES_NOT_MATCH": "the secret key is wrong; set AWS_SECRET_ACCESS_KEY",
-                "ACCESS_DENIED": "access is denied; check the credentials in the environment and the bucket's policy",
-                "HTTP status 301": "the bucket lies in another region; set storage.region or AWS_DEFAULT_REGION",
-                "NETWORK_CONNECTION": "the endpoint does not answer; check storage.endpoint or AWS_ENDPOINT_URL"}
-    for code, remedy in remedies.items():
+    for code, remedy in REMEDIES.items():
         if code in text:
             return remedy
     if isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError)):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import pickle
 import socket
 import stat
 import time
 
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+from PIL import Image
 
+from ecocseg.data.classes import CLASS_LISTS
+from ecocseg.data.shards import Record, check_files, iter_rows, read_manifest, write_shards
 from ecocseg.errors import InputError
 from ecocseg.storage import Storage, _reach, join
 
@@ -151,6 +156,41 @@ def test_s3_upload_and_download_a_folder(s3, tmp_path):
     check_copies(s3, "s3://bucket/copies", tmp_path)
 
 
+def test_s3_shards_round_trip_and_damage_is_named(s3):
+    def png(array):
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    rng, classes = np.random.default_rng(0), CLASS_LISTS["camvid"]
+    records = [Record(f"im{i}", png(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)),
+                      png(rng.integers(0, 11, (8, 12), dtype=np.uint8))) for i in range(7)]
+    url = "s3://bucket/sets/day"
+    made = write_shards(records, url, dataset="camvid", classes=classes, row_group_rows=2, shard_bytes=2000, storage=s3)
+    manifest = read_manifest(url, s3)
+    assert manifest == made and manifest.num_labeled == 7 and len(manifest.files) > 1
+    check_files(manifest, s3, checksums=True)
+    rows = [row for rank in range(2) for row in iter_rows(manifest, rank, 2, storage=s3)]
+    assert {r["image_id"]: (r["image"], r["mask"]) for r in rows} == {r.image_id: (r.image, r.mask) for r in records}
+    broken, lost = manifest.files[0].name, manifest.files[1].name
+    data = bytearray(s3.read_bytes(join(url, broken)))
+    data[100] ^= 1
+    s3.write_bytes(join(url, broken), bytes(data))
+    s3.delete(join(url, lost))
+    with pytest.raises(InputError, match=rf"(?s){broken} was changed.*{lost} is missing"):
+        check_files(manifest, s3, checksums=True)
+
+
+def test_manifest_out_of_reach_is_not_called_damaged(server, s3):
+    with pytest.raises(InputError, match="no shards at s3://bucket/none: manifest.json is missing"):
+        read_manifest("s3://bucket/none", s3)
+    with pytest.raises(InputError, match=r"s3://nowhere/day/manifest.json: there is no such bucket"):
+        read_manifest("s3://nowhere/day", s3)
+    ask(server, "POST", "/moto-api/reset-auth", b"0")
+    with pytest.raises(InputError, match="cannot read .*(the access key is unknown|access is denied)"):
+        read_manifest("s3://bucket/day", s3)
+
+
 def test_s3_failed_upload_leaves_no_object(s3):
     with pytest.raises(RuntimeError), s3._create("s3://bucket/half") as file:
         file.write(b"half")
@@ -161,6 +201,8 @@ def test_s3_failed_upload_leaves_no_object(s3):
 def test_s3_missing_bucket_says_so(s3):
     with pytest.raises(InputError, match=r"cannot write s3://nowhere/run: there is no such bucket; make it"):
         s3.check_writable("s3://nowhere/run")
+    with pytest.raises(InputError, match=r"cannot read s3://nowhere/run: there is no such bucket; make it"):
+        s3.read_bytes("s3://nowhere/run")
 
 
 def test_s3_bad_credentials_say_so_and_are_not_printed(server, s3, monkeypatch):
@@ -192,13 +234,14 @@ def test_reaching_a_dead_endpoint_ends_whatever_the_retries(monkeypatch):
     assert passed[0] <= 10
 
 
-def test_silent_endpoint_says_so_soon(s3):
+@pytest.mark.parametrize("call", ["check_writable", "read_bytes"])
+def test_silent_endpoint_says_so_soon(s3, call):
     with socket.socket() as silent:  # takes connections, never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen(16)
         start = time.monotonic()
-        with pytest.raises(InputError, match="cannot write s3://bucket/run: the endpoint does not answer"):
-            Storage(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}").check_writable("s3://bucket/run")
+        with pytest.raises(InputError, match=r"endpoint http://127.0.0.1:\d+ does not answer"):
+            getattr(Storage(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"), call)("s3://bucket/run")
         assert time.monotonic() - start < 20
 
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ecocseg.storage import Storage, join, reason
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_RETRIES = 3
 SCHEMA = pa.schema([
     ("image_id", pa.string()), ("image", pa.binary()), ("mask", pa.binary()), ("image_b", pa.binary()),
     ("height", pa.int32()), ("width", pa.int32()), ("class_pixels", pa.list_(pa.int64())), ("group", pa.string()),
@@ -190,16 +191,18 @@ def read_manifest(url: str, storage: Storage | None = None) -> Manifest:
     """Read the manifest of the shards at a URL.
 
     Raises:
-        InputError: when there is none, or it is damaged or of another version.
+        InputError: when there is none, it is damaged or of another version, or its storage cannot be read.
     """
     storage = storage or Storage()
+    # the first thing asked of a storage: retried for seconds, so that a wrong endpoint or network shows soon
+    soon = replace(storage, retries=min(storage.retries, MANIFEST_RETRIES))
     where = join(url, MANIFEST)
     try:
-        plain = json.loads(storage.read_bytes(where))
+        data = soon.read_bytes(where)
     except FileNotFoundError:
         raise InputError(f"no shards at {url}: {MANIFEST} is missing; jobs/prepare_shards.py makes them") from None
-    except OSError as error:
-        raise InputError(f"cannot read {where}: {reason(error)}") from None
+    try:
+        plain = json.loads(data)
     except ValueError:
         raise InputError(f"{where} is damaged (not JSON); pack the shards anew") from None
     try:
