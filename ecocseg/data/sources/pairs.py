@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,28 @@ class Pair:
     mask: Path | None = None
     group: str | None = None
     index: int | None = None
+    image_b: Path | None = None
+    """Second date of a change pair."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A raw data set as it lies on disk: what there is to pack, and how an entry becomes a record. It pickles, so that
+    entries are read anywhere.
+    """
+
+    dataset: str
+    classes: ClassList
+    entries: Sequence[Pair]
+    """In the order of the shards; sorted by what the data set names them."""
+    read: Callable[[Pair], Record]
+    """InputError naming the file when it cannot be read, does not decode or has unknown ids."""
+    problems: Sequence[str] = ()
+    """Found while listing: files without a partner, two of one name."""
+    remedy: str = ""
+    """Ends the message about problems."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """How it was selected, for the manifest; plain JSON."""
 
 
 def id_table(ids: Mapping[int, int]) -> NDArray[np.int16]:
