@@ -9,14 +9,12 @@ and reads ahead only so many bytes.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +30,8 @@ if TYPE_CHECKING:
 ITEM_ROWS = 64  # distinct rows of an item, about
 ITEM_BYTES = 8 << 20  # encoded bytes of an item, about
 ITEM_USES = 1024  # rows an item may serve, counting repetitions; small sets repeat a lot
-EXECUTION_ITEMS = (32, 128, 512)  # items of the first, second and every further Ray Data execution
+EXECUTION_ITEMS = (4, 16, 64, 256)  # most items of the first, second, third and every further Ray Data execution
+STORE_ROOM, MIN_STORE_BYTES = 4, 256 << 20  # object store memory an execution may take, times its estimate and at least
 READ_TASKS = 2  # reads under way at once, per stream
 
 
@@ -156,24 +155,34 @@ def _read_block(block: pa.Table, read: Callable[[Ints], pa.Table]) -> pa.Table:
         return pa.table({"input_error": [str(error)]})
 
 
-class _Execution:
-    """One Ray Data execution over a bounded list of items, drained by a thread of its own."""
+class Ingest:
+    """Ray actor beside a worker that runs its Ray Data executions: their scheduling loop would hold the trainer's
+    interpreter lock.
+    """
 
-    def __init__(self, items: list[Item], read: Callable[[Ints], pa.Table], read_cpus: float, limit_bytes: int):
-        self.items = items
-        self._blocks: queue.Queue[pa.Table | BaseException] = queue.Queue(maxsize=2)
-        self._stop = threading.Event()
-        self._rest: list[pa.Table] = []
-        self._read, self._read_cpus, self._limit = read, read_cpus, limit_bytes
-        self._thread = threading.Thread(target=self._run, daemon=True, name="ecocseg-ray-data")
-        self._thread.start()
+    def __init__(self, read: Callable[[Ints], pa.Table], read_cpus: float):
+        self._read, self._read_cpus = read, read_cpus
 
-    def _dataset(self) -> Any:
+    def execute(self, requests: list[Ints], num_bytes: int) -> Iterator[pa.Table]:
+        """One execution: yields the table of each request, in order. It passes encoded bytes on, which costs little
+        beside decoding them; blocks referred to from another process would have to be kept here until they are read.
+        """
+        import ray
+
+        count = 0
+        for bundle in self._dataset(requests, num_bytes).iter_internal_ref_bundles():
+            for ref in bundle.block_refs:
+                count += 1
+                yield ray.get(ref)
+        if count != len(requests):
+            raise RuntimeError(f"Ray Data gave {count} blocks for {len(requests)} requests")
+
+    def _dataset(self, requests: list[Ints], num_bytes: int) -> Any:
         import ray.data
         from ray.data import ExecutionResources, TaskPoolStrategy
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every execution
-        plan = [{"request": item.request.tobytes()} for item in self.items]
+        plan = [{"request": request.tobytes()} for request in requests]
         dataset = ray.data.from_items(plan, override_num_blocks=len(plan)).map_batches(
             partial(_read_block, read=self._read),
             batch_size=None,
@@ -183,103 +192,75 @@ class _Execution:
             zero_copy_batch=True,
         )
         context = dataset.context
+        context.target_max_block_size = None  # one block an item, however large
         context.execution_options.preserve_order = True
+        # Room for all of it: an execution that has to wait for its reader turns in its loop and keeps a core busy.
         context.execution_options.resource_limits = ExecutionResources.for_limits(
-            cpu=self._read_cpus * READ_TASKS, object_store_memory=self._limit
+            cpu=self._read_cpus * READ_TASKS, object_store_memory=max(STORE_ROOM * num_bytes, MIN_STORE_BYTES)
         )
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = -1  # a slow consumer is no fault; the stream has its own watchdog
         return dataset
-
-    def _run(self) -> None:
-        try:
-            batches = iter(self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-            for block in batches:
-                if not self._put(block):
-                    break
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()  # stops the execution now, not when it is collected
-        except BaseException as error:  # whatever it is, the consumer has to hear of it
-            self._put(error)
-
-    def _put(self, block: pa.Table | BaseException) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._blocks.put(block, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def take(self, item: Item, stopped: Callable[[], bool]) -> pa.Table:
-        """Table of the next item. Ray Data may have cut it into several blocks."""
-        wanted, blocks = item.request.shape[1], self._rest
-        self._rest = []
-        while sum(block.num_rows for block in blocks) < wanted:
-            try:
-                block = self._blocks.get(timeout=0.2)
-            except queue.Empty:
-                if stopped():
-                    raise RuntimeError("stream closed") from None
-                if not self._thread.is_alive() and self._blocks.empty():
-                    raise RuntimeError("Ray Data ended an execution before all its rows had come") from None
-                continue
-            if isinstance(block, BaseException):
-                raise block
-            if "input_error" in block.column_names:
-                raise InputError(block.column("input_error")[0].as_py())
-            blocks.append(block)
-        table = pa.concat_tables(blocks)
-        if table.num_rows > wanted:
-            self._rest = [table.slice(wanted)]
-        return table.slice(0, wanted)
-
-    def close(self) -> None:
-        self._stop.set()
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
 
 
 class RaySource:
-    """Reads items by Ray Data: executions of bounded length, the next begun before the last ends."""
+    """Reads items by Ray Data: executions of bounded length and bytes, the next begun before the last ends."""
 
     def __init__(self, items: Iterator[Item], read: Callable[[Ints], pa.Table], limit_bytes: int, read_cpus: float):
-        self._items = items
-        self._begin = partial(_Execution, read=read, read_cpus=read_cpus, limit_bytes=limit_bytes)
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._ingest = ray.remote(Ingest).options(
+            num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(read, read_cpus)
+        self._items, self._limit = items, limit_bytes
         self._sizes = iter(EXECUTION_ITEMS)
-        self._executions: deque[_Execution] = deque()
         self._closed = threading.Event()
+        self._executions: deque[tuple[list[Item], Any]] = deque()
         self._tables = self._iterate()
 
     def _start(self) -> None:
-        size = next(self._sizes, EXECUTION_ITEMS[-1])
-        self._executions.append(self._begin(list(islice(self._items, size))))
+        """Begin an execution over the next items, half of the bytes that may be read ahead."""
+        count, num_bytes, items = next(self._sizes, EXECUTION_ITEMS[-1]), 0, []
+        while len(items) < count and (not items or num_bytes < self._limit // 2):
+            items.append(next(self._items))
+            num_bytes += items[-1].num_bytes
+        call = self._ingest.execute.options(num_returns="streaming")
+        self._executions.append((items, call.remote([item.request for item in items], num_bytes)))
 
     def _iterate(self) -> Iterator[tuple[Item, Future]]:
         self._start()
         while True:
-            current = self._executions[0]
-            for count, item in enumerate(current.items):
-                if count == len(current.items) * 3 // 4:
+            items, blocks = self._executions[0]
+            for count, item in enumerate(items):
+                if count == len(items) // 2:
                     self._start()
                 result: Future = Future()
-                result.set_result(current.take(item, self._closed.is_set))
+                result.set_result(self._table(blocks))
                 yield item, result
-            current.close()
             self._executions.popleft()
+
+    def _table(self, blocks: Any) -> pa.Table:
+        """The next table of an execution, mapped from the object store."""
+        import ray
+
+        while not ray.wait([blocks], timeout=0.2)[0]:
+            if self._closed.is_set():
+                raise RuntimeError("stream closed")
+        table = ray.get(next(blocks))
+        if "input_error" in table.column_names:
+            raise InputError(table.column("input_error")[0].as_py())
+        return table
 
     def __next__(self) -> tuple[Item, Future]:
         return next(self._tables)
 
     def close(self) -> None:
+        import ray
+
         self._closed.set()
-        for execution in list(self._executions):
-            execution.close()
-        for execution in list(self._executions):
-            execution.join(5)
+        if ray.is_initialized():
+            ray.kill(self._ingest)
 
 
 def table_rows(table: pa.Table) -> Iterable[tuple]:
