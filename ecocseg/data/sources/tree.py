@@ -28,7 +28,7 @@ def inside(root: str | Path, *parts: str, what: str) -> Path:
             that are there instead.
     """
     folder = Path(root)
-    if "://" in str(root) or not folder.is_dir():
+    if not folder.is_dir():
         raise InputError(f"there is no local folder {root} with {what}")
     for part in parts:
         if not (folder / part).is_dir():
