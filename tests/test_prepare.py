@@ -245,7 +245,7 @@ def test_class_list_mistakes(tmp_path, name, text, message):
 
 
 def test_class_list_that_is_not_there():
-    with pytest.raises(InputError, match=r"no file 'nowhere.txt', nor a built-in list .* camvid, cityscapes, coco"):
+    with pytest.raises(InputError, match=r"no file 'nowhere.txt', nor a built-in list .* camvid, change, cityscapes, coco"):
         folder.read_classes("nowhere.txt")
 
 

@@ -171,6 +171,8 @@ def test_bad_rows_name_their_image():
     rng, transform = np.random.default_rng(0), WeakTransform(crop=(4, 4))
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(jpeg, "JPEG")
+    tiff = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(tiff, "TIFF")
     cases = [
         (b"nonsense", mask, "image does not decode"),
         (jpeg.getvalue()[:300], None, "image does not decode"),
@@ -178,8 +180,20 @@ def test_bad_rows_name_their_image():
         (image, mask[:40], "mask does not decode"),
         (image, encode(np.zeros((8, 9), np.uint8)), "8x8 but its mask is 9x8"),
         (image, image, "mask mode RGB"),
-        (encode(np.zeros((8, 8), np.uint16)), None, "not 8-bit"),
+        (encode(np.arange(4096, dtype=np.uint16).reshape(64, 64))[:200], None, "image does not decode"),
+        (tiff.getvalue(), None, "not 8-bit"),
     ]
     for image_bytes, mask_bytes, message in cases:
         with pytest.raises(InputError, match=f"image_id 'a/b'.*{message}"):
             transform(image_bytes, mask_bytes, rng, image_id="a/b")
+
+
+def test_16_bit_grey_becomes_its_high_byte_in_three_channels():
+    grey = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    assert Image.open(io.BytesIO(encode(grey))).mode == "I;16"
+    decoded = transforms.decode_image(encode(grey))
+    assert decoded.mode == "RGB" and (np.asarray(decoded) == (grey >> 8)[..., None]).all()
+    mask = (grey >> 10).astype(np.uint8)
+    sample = WeakTransform(crop=(20, 30))(encode(grey), encode(mask), np.random.default_rng(3))
+    assert sample.image.shape == (3, 20, 30) and sample.image.dtype == np.uint8
+    assert (sample.image == sample.image[:1]).all() and (sample.image[0] >> 2 == sample.labels).all()

@@ -66,6 +66,26 @@ _COCO = ("background", "person", "bicycle", "car", "motorcycle", "airplane", "bu
          "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven",
          "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush")
 
+_ADE20K = (
+    "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet", "sidewalk",
+    "person", "earth", "door", "table", "mountain", "plant", "curtain", "chair", "car", "water", "painting", "sofa",
+    "shelf", "house", "sea", "mirror", "rug", "field", "armchair", "seat", "fence", "desk", "rock", "wardrobe", "lamp",
+    "bathtub", "railing", "cushion", "base", "box", "column", "signboard", "chest of drawers", "counter", "sand", "sink",
+    "skyscraper", "fireplace", "refrigerator", "grandstand", "path", "stairs", "runway", "case", "pool table", "pillow",
+    "screen door", "stairway", "river", "bridge", "bookcase", "blind", "coffee table", "toilet", "flower", "book", "hill",
+    "bench", "countertop", "stove", "palm", "kitchen island", "computer", "swivel chair", "boat", "bar", "arcade machine",
+    "hovel", "bus", "towel", "light", "truck", "tower", "chandelier", "awning", "streetlight", "booth", "television",
+    "airplane", "dirt track", "apparel", "pole", "land", "bannister", "escalator", "ottoman", "bottle", "buffet", "poster",
+    "stage", "van", "ship", "fountain", "conveyer belt", "canopy", "washer", "plaything", "swimming pool", "stool",
+    "barrel", "basket", "waterfall", "tent", "bag", "minibike", "cradle", "oven", "ball", "food", "step", "tank",
+    "trade name", "microwave", "pot", "animal", "bicycle", "lake", "dishwasher", "screen", "blanket", "sculpture", "hood",
+    "sconce", "vase", "traffic light", "tray", "ashcan", "fan", "pier", "crt screen", "plate", "monitor", "bulletin board",
+    "shower", "radiator", "glass", "clock", "flag")
+# of the 150, these 50 are no instances in the data set's instance task
+_ADE20K_STUFF = (
+    0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79, 84,
+    91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145)
+
 CLASS_LISTS: dict[str, ClassList] = {
     "cityscapes": _listed("cityscapes", *_CITYSCAPES, thing_ids=(6, 7, 11, 12, 13, 14, 15, 16, 17, 18)),
     # the 16 classes SYNTHIA shares with Cityscapes: all but terrain, truck and train
@@ -81,4 +101,9 @@ CLASS_LISTS: dict[str, ClassList] = {
         ("truck", 0x000046), ("traffic sign", 0xDCDC00), thing_ids=(7, 8, 9, 10)),
     "voc": ClassList("voc", _VOC, default_palette(21), tuple(range(1, 21))),
     "coco": ClassList("coco", _COCO, default_palette(81), tuple(range(1, 81))),
+    "ade20k": ClassList("ade20k", _ADE20K, default_palette(151)[1:],  # black is kept for other things, the masks' id 0
+                        tuple(i for i in range(150) if i not in _ADE20K_STUFF)),
+    "change": _listed("change", ("unchanged", 0x000000), ("changed", 0xFFFFFF)),
+    "acdc_cardiac": _listed("acdc_cardiac", ("background", 0x000000), ("right ventricle", 0xE6194B),
+                            ("myocardium", 0x3CB44B), ("left ventricle", 0x4363D8), thing_ids=(1, 2, 3)),
 }

@@ -152,7 +152,7 @@ def _crop(image: Image.Image, box: Box) -> Image.Image:
 
 
 def decode_image(data: bytes, image_id: str = "") -> Image.Image:
-    """Decoded RGB image. InputError naming `image_id` if it is no 8-bit image."""
+    """Decoded RGB image. InputError naming `image_id` if it is no 8-bit image, nor one of 16-bit grey."""
     image = _open_image(data, image_id)
     try:
         image.load()
@@ -166,9 +166,11 @@ def _undecodable(image_id: str, error: Exception) -> InputError:
 
 
 def _open_image(data: bytes, image_id: str) -> Image.Image:
-    """Image of which only the header is read yet."""
+    """Image of which only the header is read yet; one of 16-bit grey is read, as the high bytes of its values."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _undecodable(image_id, error) from error
     if image.mode.startswith(("I", "F")):
