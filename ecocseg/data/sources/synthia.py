@@ -21,8 +21,8 @@ from PIL import Image
 from ecocseg.data.checks import DECODING_ERRORS
 from ecocseg.data.classes import CLASS_LISTS, IGNORE, ClassList
 from ecocseg.data.shards import Record
-from ecocseg.data.sources.demo import encode_png
 from ecocseg.data.sources.pairs import UNKNOWN, Pair, Source, id_table, read_pair
+from ecocseg.data.sources.rasters import png_bytes, read_file, train_ids
 from ecocseg.data.sources.tree import NO_MASKS, check_choice, inside, pairs_ending
 from ecocseg.errors import InputError
 
@@ -68,16 +68,10 @@ def read(pair: Pair, table: NDArray[np.int16]) -> Record:
     record = read_pair(replace(pair, mask=None), table)
     if pair.mask is None:
         return record
-    try:
-        data = pair.mask.read_bytes()
-    except OSError as error:
-        raise InputError(f"{pair.mask} cannot be read: {error.strerror or error}") from None
-    ids_HW = decode_first_channel(data, str(pair.mask))
-    counts = np.bincount(ids_HW.reshape(-1), minlength=table.size)
-    unknown = [int(i) for i in np.flatnonzero(counts) if i >= table.size or table[i] == UNKNOWN]
-    if unknown:
-        raise InputError(f"{pair.mask}: unknown id(s) {', '.join(map(str, unknown[:20]))}")
-    return replace(record, mask=encode_png(table[ids_HW].astype(np.uint8)))
+    ids_HW = decode_first_channel(read_file(pair.mask), str(pair.mask))
+    if ids_HW.max() >= table.size:
+        raise InputError(f"{pair.mask}: unknown id(s) up to {ids_HW.max()}")
+    return replace(record, mask=png_bytes(train_ids(ids_HW.astype(np.uint8), table, str(pair.mask))))
 
 
 def source(root: str | Path, classes: str = "cityscapes", unlabeled: bool = False) -> Source:
