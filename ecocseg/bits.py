@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 WORD = 64
+_PAIR_TABLE = 1 << 16  # entries of a table of all pairs of classes that is worth making for a strip
 _GROUP = 16  # bits summed as one float32 number: exact below 2^24
 
 
@@ -62,38 +63,49 @@ def all_ones(num_bits: int, device: torch.device) -> Tensor:
 
 
 def reliable_words(q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor, words_XN: Tensor,
-                   threshold: float, max_candidates: int | None = None) -> Tensor:
+                   signs_NK: Tensor, threshold: float, max_candidates: int | None = None) -> Tensor:
     """Reliable bit mining: which bits of each pixel are taken from its class's codeword. Shape: packed, int64 [X, P].
 
     Classes join the candidates nearest first (ties: lowest id first); bits on which all candidates' codewords agree are
-    shared; a pixel is settled when its mean confidence q over the shared bits exceeds `threshold` (R = shared bits), or
-    when none is left (R = 0). R is the shared bits too after the last class, and 0 when `max_candidates` classes, being
-    fewer than all, did not settle the pixel (the authors' code: 8). `labels_P` are the nearest classes, `confidence_P`
-    the mean of q over all bits: with one candidate every bit is shared, so it settles most pixels at once.
+    shared; a pixel is settled when its mean confidence q over the shared bits exceeds `threshold` (R = shared bits). R is
+    0 where none is left, which at the latest is so with all classes (a codebook has no constant column), and where
+    `max_candidates` classes did not settle the pixel (the authors' code: 8). `labels_P` are the nearest classes,
+    `confidence_P` the mean of q over all bits: with one candidate every bit is shared, so it settles most pixels at once.
+
+    What is kept of an open pixel is its surplus, q - threshold on shared bits and 0 elsewhere: its sum is above 0 where
+    the mean exceeds the threshold, and once no bit of it is above 0, no later mean can exceed it.
     """
-    num_bits, num_classes = len(q_KP), len(scores_NP)
+    num_classes = len(scores_NP)
     limit = num_classes if max_candidates is None else min(max_candidates, num_classes)
-    ones_X1 = all_ones(num_bits, q_KP.device)
+    ones_X1 = all_ones(len(q_KP), q_KP.device)
     found_XP = torch.where(confidence_P > threshold, ones_X1, 0)
-    pixel_U = (confidence_P <= threshold).nonzero().squeeze(1)  # those still open
-    shared_XU = ones_X1.expand(-1, len(pixel_U))
-    q_KU, scores_NU = q_KP.index_select(1, pixel_U), scores_NP.index_select(1, pixel_U)  # faster than q_KP[:, pixel_U]
-    nearest_U = labels_P[pixel_U]
-    first_XU = words_XN.index_select(1, nearest_U)
-    for n in range(2, limit + 1):
+    pixel_U = ((confidence_P <= threshold) & (q_KP.amax(0) > threshold)).nonzero().squeeze(1)  # those still open
+    surplus_KU = q_KP.index_select(1, pixel_U).sub_(threshold)  # index_select: faster than q_KP[:, pixel_U]
+    scores_NU, nearest_U = scores_NP.index_select(1, pixel_U), labels_P[pixel_U]
+    first_U, shared_XU = nearest_U, ones_X1.expand(-1, len(pixel_U))
+    for _ in range(2, limit + 1):
         if len(pixel_U) == 0:
             break
         scores_NU.scatter_(0, nearest_U[None], -torch.inf)  # candidates already in leave the queue
         nearest_U = first_argmax(scores_NU)
-        shared_XU = shared_XU & ~(words_XN.index_select(1, nearest_U) ^ first_XU)
-        count_U = popcount(shared_XU).sum(0)
-        sum_U = q_KU.mul(unpack(shared_XU, num_bits)).sum(0)
-        confident_U = sum_U / count_U.clamp_min(1) > threshold
-        settled_U = confident_U | (count_U == 0) | (n == num_classes)
-        # Confident or after the last class: R = shared bits, which are none where none is left.
+        shared_XU = shared_XU & ~(words_XN.index_select(1, nearest_U) ^ words_XN.index_select(1, first_U))
+        surplus_KU *= _agreement(signs_NK, first_U, nearest_U)
+        settled_U = surplus_KU.sum(0) > 0
         found_XP[:, pixel_U] = torch.where(settled_U, shared_XU, 0)
-        open_V = settled_U.logical_not_().nonzero().squeeze(1)
-        pixel_U, nearest_U = pixel_U[open_V], nearest_U[open_V]
-        q_KU, scores_NU = q_KU.index_select(1, open_V), scores_NU.index_select(1, open_V)
-        shared_XU, first_XU = shared_XU.index_select(1, open_V), first_XU.index_select(1, open_V)
+        open_U = (surplus_KU.amax(0) > 0).logical_and_(settled_U.logical_not_())
+        open_V = open_U.nonzero().squeeze(1)
+        if len(open_V) < len(pixel_U):
+            pixel_U, nearest_U, first_U = pixel_U[open_V], nearest_U[open_V], first_U[open_V]
+            surplus_KU, scores_NU = surplus_KU.index_select(1, open_V), scores_NU.index_select(1, open_V)
+            shared_XU = shared_XU.index_select(1, open_V)
     return found_XP
+
+
+def _agreement(signs_NK: Tensor, one_U: Tensor, other_U: Tensor) -> Tensor:
+    """1 where the codewords of two classes have the same bit, 0 elsewhere. Shape: [K, U]."""
+    num_classes, num_bits = signs_NK.shape
+    if num_classes**2 * num_bits <= _PAIR_TABLE:
+        table_KNN = (signs_NK.t()[:, :, None] * signs_NK.t()[:, None, :]).clamp_min_(0)
+        return table_KNN.flatten(1).index_select(1, one_U * num_classes + other_U)
+    signs_KN = signs_NK.t()
+    return signs_KN.index_select(1, one_U).mul_(signs_KN.index_select(1, other_U)).clamp_min_(0)

@@ -228,8 +228,8 @@ class EcocCoding(Coding):
                         tables: _Tables) -> Tensor:
         """Bits taken from the codeword, packed. Shape: [X, P]."""
         if self.label_form == "hybrid":
-            return bit_words.reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables.words_XN, self.reliability,
-                                            self.max_candidates)
+            return bit_words.reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables.words_XN, tables.signs_NK,
+                                            self.reliability, self.max_candidates)
         ones_X1 = bit_words.all_ones(self.num_outputs, q_KP.device)
         return (ones_X1 if self.label_form == "code" else torch.zeros_like(ones_X1)).expand(-1, q_KP.shape[1])
 

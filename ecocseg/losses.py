@@ -158,12 +158,18 @@ def ecoc_loss(logits_KP: Tensor, bits_KP: Tensor, labels_P: Tensor, weight_P: Te
 
 def _bit_cross_entropy(agree_KP: Tensor, sign_KP: Tensor, weight_P: Tensor, factor: float,
                        with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """log(1 + exp(-a)) with a = z (2b - 1), averaged over bits; its gradient is -(2b - 1) sigmoid(-a) / K."""
+    """log(1 + exp(-a)) with a = z (2b - 1), averaged over bits; its gradient is -(2b - 1) sigmoid(-a) / K.
+
+    log(1 + exp(-a)) = max(-a, 0) - log(max(s, 1 - s)) with s = sigmoid(-a): exact to rounding for any a, and several
+    times faster on CPU than logsigmoid.
+    """
     num_bits = len(agree_KP)
-    total = -(F.logsigmoid(agree_KP).sum(0) @ weight_P) / num_bits
+    wrong_KP = agree_KP.neg().sigmoid_()
+    sum_P = torch.maximum(wrong_KP, 1 - wrong_KP).log_().sum(0).add_(agree_KP.clamp_max(0).sum(0))
+    total = -(sum_P @ weight_P) / num_bits
     if not with_gradient:
         return total, None
-    return total, agree_KP.neg().sigmoid_().mul_(sign_KP).mul_(weight_P * (-factor / num_bits))
+    return total, wrong_KP.mul_(sign_KP).mul_(weight_P * (-factor / num_bits))
 
 
 def _cosine_terms(logits_KP: Tensor, product_P: Tensor, sign_KP: Tensor, labels_P: Tensor, weight_P: Tensor,
