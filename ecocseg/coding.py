@@ -216,7 +216,7 @@ class EcocCoding(Coding):
         p_KP = logits_KP.sigmoid()
         scores_NP = (tables.signs_NK @ p_KP).add_(tables.zeros_N1)
         labels_P = bit_words.first_argmax(scores_NP)
-        q_KP = torch.maximum(p_KP, 1 - p_KP)
+        q_KP = p_KP.sub_(0.5).abs_().add_(0.5)  # max(p, 1 - p), several times faster on CPU than torch.maximum
         confidence_P = q_KP.sum(0) / self.num_outputs
         code_XP = tables.words_XN[:, labels_P]
         mask_XP = self._reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables)

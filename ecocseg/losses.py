@@ -160,12 +160,12 @@ def _bit_cross_entropy(agree_KP: Tensor, sign_KP: Tensor, weight_P: Tensor, fact
                        with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """log(1 + exp(-a)) with a = z (2b - 1), averaged over bits; its gradient is -(2b - 1) sigmoid(-a) / K.
 
-    log(1 + exp(-a)) = max(-a, 0) - log(max(s, 1 - s)) with s = sigmoid(-a): exact to rounding for any a, and several
+    log(1 + exp(-a)) = max(-a, 0) - log(|s - 1/2| + 1/2) with s = sigmoid(-a): exact to rounding for any a, and several
     times faster on CPU than logsigmoid.
     """
     num_bits = len(agree_KP)
     wrong_KP = agree_KP.neg().sigmoid_()
-    sum_P = torch.maximum(wrong_KP, 1 - wrong_KP).log_().sum(0).add_(agree_KP.clamp_max(0).sum(0))
+    sum_P = (wrong_KP - 0.5).abs_().add_(0.5).log_().sum(0).add_(agree_KP.clamp_max(0).sum(0))
     total = -(sum_P @ weight_P) / num_bits
     if not with_gradient:
         return total, None
