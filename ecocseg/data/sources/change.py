@@ -129,9 +129,9 @@ def _pairs(base: Path, unlabeled: bool, problems: list[str]) -> list[ChangePair]
         raise InputError(f"there is no image *{' or *'.join(SUFFIXES)} in {base / 'A'}")
     problems += [f"{path} has no second date of the same stem in B" for stem, path in first.items() if stem not in second]
     problems += [f"{path} has no first date of the same stem in A" for stem, path in second.items() if stem not in first]
-    both = {stem: first[stem] for stem in sorted(first) if stem in second}
+    both, either = {stem: first[stem] for stem in sorted(first) if stem in second}, {**first, **second}
     labels = None if unlabeled else {stem: path for stem, path in _files(base, "label").items()
-                                     if stem in both or stem not in second}  # else it is named above
+                                     if stem in both or stem not in either}  # else it is named above
     return [ChangePair(pair.image_id, pair.image, pair.mask, image_b=second[pair.image_id])
             for pair in match(both, labels, problems)]
 
