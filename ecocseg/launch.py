@@ -88,8 +88,12 @@ def cluster_size() -> tuple[float, int]:
     if ray.is_initialized():
         total = ray.cluster_resources()
         return float(total.get("CPU", 0)), int(total.get("GPU", 0))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return float(cores), torch.cuda.device_count()
+    return float(_own_cores()), torch.cuda.device_count()
+
+
+def _own_cores() -> int:
+    """Cores this process may run on: `taskset` and containers give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_ray() -> None:
@@ -108,7 +112,7 @@ def start_ray() -> None:
     path = os.pathsep.join([package] + [p for p in [os.environ.get("PYTHONPATH")] if p])
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "include_dashboard": False,
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": _own_cores(),
                     "runtime_env": {"env_vars": {"PYTHONPATH": path, **quiet}}}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(**options)

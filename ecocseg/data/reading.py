@@ -211,7 +211,7 @@ class RaySource:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._ingest = ray.remote(Ingest).options(
+        self._ingest: Any = ray.remote(Ingest).options(
             num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(read, read_cpus)
         self._items, self._limit = items, limit_bytes
         self._sizes = iter(EXECUTION_ITEMS)
@@ -221,7 +221,8 @@ class RaySource:
 
     def _start(self) -> None:
         """Begin an execution over the next items, half of the bytes that may be read ahead."""
-        count, num_bytes, items = next(self._sizes, EXECUTION_ITEMS[-1]), 0, []
+        count, num_bytes = next(self._sizes, EXECUTION_ITEMS[-1]), 0
+        items: list[Item] = []
         while len(items) < count and (not items or num_bytes < self._limit // 2):
             items.append(next(self._items))
             num_bytes += items[-1].num_bytes
