@@ -660,7 +660,7 @@ def test_images_of_a_bucket_prefix(s3):
 # ---- lists
 
 def test_lists(tmp_path):
-    write(tmp_path / "names.txt", "\ufeff b.png\n\n/x/a.jpg /y/a.png\nb.png\nfolder/c_1.2.png\n")
+    write(tmp_path / "names.txt", "\ufeff b.png\n\n/x/a.jpg /y/a_mask.png\nb.png\nfolder/c_1.2.png\n")
     assert read_names(tmp_path / "names.txt") == ["b", "a", "c_1.2"]
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
