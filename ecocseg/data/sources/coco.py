@@ -93,7 +93,7 @@ def _load(path: str) -> Annotations:
 
 
 def annotations_of(path: Path) -> Annotations:
-    """What an instances file says, parsed once a process: it takes about a minute for train2017.
+    """What an instances file says, parsed once a process: that of train2017 is 450 MB of text.
 
     Raises:
         InputError: when it is damaged, or has other categories.
