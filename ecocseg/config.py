@@ -64,6 +64,8 @@ class DataConfig(Section):
     """Megabytes of encoded images read ahead per stream and worker."""
     decode_threads: int = Field(1, ge=1)
     """Number of decoding threads per stream and worker."""
+    damage_limit: float = Field(0.001, ge=0, le=1)
+    """Share of a stream's rows that may be damaged: they are put aside and listed in the run's folder; more end the run."""
     read_cpus: float = Field(0.25, gt=0)
     """CPUs reserved for each Ray Data read task."""
 

@@ -37,6 +37,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, thing: Any) -> list[Any]:
+        """What each worker gave, on every worker."""
+        if self.size == 1:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
 
 def schedule(optim: OptimConfig, steps: int, step: int) -> float:
     """Factor of the learning rate at a step: linear warm-up, then (1 - step/steps)^power, or constant."""

@@ -19,7 +19,7 @@ from ecocseg import checkpoint
 from ecocseg.config import RunConfig
 from ecocseg.data.classes import IGNORE
 from ecocseg.data.order import RareClass
-from ecocseg.data.pipeline import Batch, Stream
+from ecocseg.data.pipeline import Batch, Stream, damage_error
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
 from ecocseg.data.transforms import WeakTransform
 from ecocseg.engine import World, build_engine, schedule
@@ -29,7 +29,7 @@ from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
-from ecocseg.storage import is_remote
+from ecocseg.storage import is_remote, join
 from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker
 
@@ -73,6 +73,7 @@ class Session:
         self.best: dict[str, Any] = {"score": -1.0, "step": -1, "url": None}
         self.step, self.stop_asked = 0, False
         self.history: deque[dict[str, Tensor]] = deque()
+        self.damage_counts: dict[str, float] = {}
         self._build()
 
     def _build(self) -> None:
@@ -206,10 +207,27 @@ class Session:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower optim.lr or set optim.gradient_clipping; "
                                      "the last checkpoint is from before")
+        self._note_damage()
         scalars.update(clock.read(self.step), lr=self.config.optim.lr * schedule(
             self.config.optim, self.config.train.steps, self.step - 1))
         stop = self._record(scalars) if self.world.rank == 0 else False
         return bool(self.world.sum(torch.tensor(float(stop), device=self.world.device)).item() > 0)
+
+    def _note_damage(self) -> None:
+        """List the damaged rows of each stream in the run's folder; too many of them, over all workers, end the run."""
+        counts = torch.tensor([float(len(stream.damaged)) for stream in self.streams.values()], device=self.world.device)
+        for (name, stream), total in zip(self.streams.items(), self.world.sum(counts).tolist(), strict=True):
+            if total == self.damage_counts.get(name, 0):
+                continue
+            self.damage_counts[name] = total
+            damaged = {key: what for part in self.world.gather(dict(stream.damaged)) for key, what in part.items()}
+            if self.world.rank == 0:
+                lines = [f"{shard}\t{row}\t{what}\n" for (shard, row), what in sorted(damaged.items())]
+                where = join(self.run_url, f"damaged-{name}.tsv")
+                self.storage.write_bytes(where, "".join(lines).encode())
+                self._say(f"{len(damaged)} damaged row(s) of stream '{name}' put aside so far, listed in {where}")
+            if len(damaged) > stream.most_damaged:
+                raise damage_error(name, stream.manifest, damaged, stream.most_damaged)
 
     def _record(self, scalars: dict[str, float]) -> bool:
         """Write scalars to the run's files and tell the watcher; true when the run is asked to stop."""
@@ -392,5 +410,5 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
         rare_class=RareClass(data.rare_temperature, data.rare_min_pixels) if rare else None, transform=transform,
         rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode_threads=data.decode_threads,
-        read_cpus=data.read_cpus, storage=checkpoint.build_storage(config),
+        read_cpus=data.read_cpus, damage_limit=data.damage_limit, storage=checkpoint.build_storage(config),
         columns=("image_id", "image", "mask") if labeled else ("image_id", "image"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ecocseg.config import RunConfig, validate  # noqa: E402
 from ecocseg.data.classes import ClassList  # noqa: E402
-from ecocseg.data.shards import Record, write_shards  # noqa: E402
+from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # noqa: E402
 
 CLASSES = ClassList("tiny", ("ground", "block", "stripe", "sky"), ((90, 90, 90), (200, 60, 60), (60, 200, 60), (60, 60, 220)))
 
@@ -46,6 +50,21 @@ def write_tiny(root: Path, classes: ClassList = CLASSES) -> Path:
             records.append(Record(f"{name}-{index}", image, mask if labeled else None))
         write_shards(records, str(root / name), dataset=f"tiny/{name}", classes=classes, row_group_rows=4)
     return root
+
+
+def damage_rows(url: str, changes: dict[int, dict[str, Any]]) -> None:
+    """Change rows of a set of one shard as no packer would; checksums and manifest fit again."""
+    manifest = read_manifest(url)
+    (file,) = manifest.files
+    rows = pq.read_table(f"{url}/{file.name}").to_pylist()
+    for number, change in changes.items():
+        rows[number].update(change)
+    with pq.ParquetWriter(f"{url}/{file.name}", SCHEMA, write_page_checksum=True) as writer:
+        for first, count in zip(np.cumsum((0, *file.row_groups)).tolist(), file.row_groups, strict=False):
+            writer.write_table(pa.Table.from_pylist(rows[first:first + count], SCHEMA), row_group_size=count)
+    data = Path(f"{url}/{file.name}").read_bytes()
+    file = replace(file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    Path(f"{url}/manifest.json").write_bytes(replace(manifest, files=(file,)).to_json())
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, write_tiny
+from conftest import damage_rows, tiny_config, write_tiny
 
 from ecocseg import checkpoint, launch, loop
 from ecocseg.checkpoint import Checkpoints
@@ -60,6 +60,17 @@ def test_ten_steps_equal_five_a_new_start_and_five(tiny: Path, tmp_path: Path, c
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert first.optimizer.keys() == second.optimizer.keys()
+
+
+def test_damaged_rows_are_listed_in_the_run_and_too_many_end_it(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data")
+    damage_rows(str(data / "target"), {3: {"image": b"no image"}})
+    config = tiny_config(data, tmp_path / "runs", data__damage_limit=0.05)
+    train(config)
+    (line,) = (tmp_path / "runs/run/damaged-unlabeled.tsv").read_text().splitlines()
+    assert line.startswith("shard-00000.parquet\t3\t") and "target-103" in line
+    with pytest.raises(InputError, match="(?s)1 damaged row.*damage_limit.*row 3: .*target-103"):
+        train(tiny_config(data, tmp_path / "other"))
 
 
 def test_seeds_differ_and_repeat(tiny: Path, tmp_path: Path) -> None:

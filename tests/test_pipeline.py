@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import damage_rows
 from PIL import Image
 
 from ecocseg.data import reading
@@ -159,26 +160,43 @@ def test_class_pixels_of_unlabelled_rows_count_nothing():
     assert class_pixel_array(pa.chunked_array([pa.array([None], kind)]), 2).tolist() == [[0, 0]]
 
 
-def test_a_damaged_row_reaches_the_consumer_by_name(tmp_path, monkeypatch):
+def damaged_set(where):
+    """8 rows: the image of one is cut, the mask of one has an id too many, that of another is of another size."""
     rows = list(records(8))
-    monkeypatch.setattr("ecocseg.data.shards.inspect_record", _careless(rows), raising=True)
-    broken = Record("broken-7", rows[7].image[:60], rows[7].mask)
-    write_shards([*rows[:7], broken], str(tmp_path), dataset="demo", classes=CLASSES)
-    with pytest.raises(InputError, match="broken-7"):
-        take(stream(read_manifest(str(tmp_path))), 3)
+    odd = np.asarray(Image.open(io.BytesIO(rows[2].mask))).copy()
+    odd[:] = 4
+    write_shards(rows, str(where), dataset="demo", classes=CLASSES, row_group_rows=3)
+    damage_rows(str(where), {
+        7: {"image_id": "broken-7", "image": rows[7].image[:60]}, 2: {"image_id": "broken-2", "mask": png(odd)},
+        5: {"image_id": "broken-5", "mask": png(np.zeros((8, 8), np.uint8))}})
+    return read_manifest(str(where))
 
 
-def _careless(good):
-    """A packer that does not look at what it packs."""
-    from ecocseg.data import shards
+def test_damaged_rows_are_put_aside(tmp_path):
+    """Their places are padding, all other samples are as without damage, and each is named once by shard and row."""
+    manifest = damaged_set(tmp_path / "bad")
+    write_shards(records(8), str(tmp_path / "good"), dataset="demo", classes=CLASSES, row_group_rows=3)
+    with stream(manifest, damage_limit=0.5) as source:
+        batches = list(islice(source, 3))
+        damaged = source.damaged
+    whole = take(stream(read_manifest(str(tmp_path / "good"))), 3)
+    for (batch,), (good,) in zip(batches, whole, strict=True):
+        for i, name in enumerate(batch.image_ids):
+            if name.startswith("broken"):
+                assert not batch.valid[i].any() and (batch.labels[i] == 255).all() and not batch.image[i].any()
+            else:
+                assert name == good.image_ids[i] and torch.equal(batch.image[i], good.image[i])
+                assert torch.equal(batch.labels[i], good.labels[i]) and torch.equal(batch.valid[i], good.valid[i])
+    assert sorted(row for _, row in damaged) == [2, 5, 7]
+    assert {shard for shard, _ in damaged} == {manifest.files[0].name}
+    text = "\n".join(damaged.values())
+    assert "holds id 4" in text and "does not decode" in text and "8x8" in text
 
-    look = shards.inspect_record
 
-    def inspect(record, classes):
-        row, pixels = look(good[7] if record.image_id.startswith("broken") else record, classes)
-        return row | {"image_id": record.image_id, "image": record.image}, pixels
-
-    return inspect
+def test_too_many_damaged_rows_end_the_stream_by_name(tmp_path):
+    manifest = damaged_set(tmp_path)
+    with pytest.raises(InputError, match=r"(?s)3 damaged row\(s\).*the 2 of 8 that data.damage_limit.*row 2: .*broken-2"):
+        take(stream(manifest, damage_limit=0.25), 3)
 
 
 def test_a_missing_shard_reaches_the_consumer_by_name(tmp_path):

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ import torch
 
 from ecocseg.data.order import Ints, Order, RareClass, default_lanes, stream_key
 from ecocseg.data.reading import Item, RaySource, ThreadSource, WindowRows, plan_items, read_rows, table_rows
-from ecocseg.data.transforms import IGNORE, WeakTransform
+from ecocseg.data.transforms import IGNORE, Sample, WeakTransform
 from ecocseg.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ecocseg.storage import Storage
 
 WINDOW_BYTES = 256 << 20  # encoded bytes of the windows of all lanes; each rank holds its share
+SHOWN_DAMAGE = 20
 WINDOW_ROWS = (16, 256)  # bounds of a window's rows; more rows mix better
 
 __all__ = ["Batch", "RareClass", "Stream", "window_rows"]
@@ -60,6 +61,17 @@ class Batch:
         return replace(self, image=move(self.image), labels=labels, valid=move(self.valid))
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row as it was read: image_id, image and mask; the class it was drawn for (-1: none); where it lies."""
+
+    content: tuple
+    focus: int
+    file: int
+    group: int
+    row: int
+
+
 @dataclass
 class _Pending:
     batches: list[Batch]
@@ -82,9 +94,12 @@ class Stream:
     A step's content is a pure function of (manifest, name, seed, global_batch, sampling, transform, lanes, step): the
     same for any `world` that divides the lanes, any `start_step`, and either loader. `loader="ray"` needs a Ray
     runtime; `"torch"` reads with threads of this process. `columns` are the shard columns to read; leave out "mask"
-    to stream without labels. `wait_seconds` is the time the consumer has waited so far. InputError for arguments that
-    do not fit together and rows that do not decode; RuntimeError naming the stage if there is no batch within
-    `timeout_s` seconds. Close it when done.
+    to stream without labels. `wait_seconds` is the time the consumer has waited so far.
+
+    A damaged row (it does not decode, its mask has another size or an id that is no class) is put aside: its place in
+    the batch is padding, so that no other sample moves, and `damaged` names its shard and row. InputError with that list
+    once more than `damage_limit` of the set's rows are damaged, and for arguments that do not fit together; RuntimeError
+    naming the stage if there is no batch within `timeout_s` seconds. Close it when done.
     """
 
     def __init__(
@@ -109,6 +124,7 @@ class Stream:
         storage: Storage | None = None,
         columns: Sequence[str] = ("image_id", "image", "mask"),
         timeout_s: float = 300.0,
+        damage_limit: float = 0.001,
     ):
         from ecocseg.storage import Storage as DefaultStorage
 
@@ -128,6 +144,8 @@ class Stream:
         if loader not in ("ray", "torch"):
             raise InputError(f"data.loader={loader!r} is unknown; use ray or torch")
         self.micro_batches, self.timeout_s, self.wait_seconds = micro_batches, timeout_s, 0.0
+        self.damaged: dict[tuple[str, int], str] = {}
+        self.most_damaged = int(damage_limit * manifest.num_rows)
         self._loader, self._prefetch, self._read_cpus = loader, prefetch_bytes, read_cpus
         self._stage = "planning"
         self._stopped = threading.Event()
@@ -271,7 +289,7 @@ class Stream:
         self._stage = "decoding"
         return item, table
 
-    def _submit(self, step: int, rows: list[tuple[tuple, int]]) -> _Pending:
+    def _submit(self, step: int, rows: list[_Row]) -> _Pending:
         """Allocate the step's batches and start decoding into them."""
         size, (height, width) = self.width // self.micro_batches, self.transform.crop
         start = step * self.order.global_batch + self.rank * self.width
@@ -284,21 +302,42 @@ class Stream:
                 labels,
                 torch.empty((size, height, width), dtype=torch.bool),
                 torch.arange(start + begin, start + begin + size),
-                [row[0] for row, _ in part],
+                [row.content[0] for row in part],
             )
             pending.batches.append(batch)
-            for i, (row, focus) in enumerate(part):
-                pending.samples.append(self._decoders.submit(self._decode, batch, i, row, focus, start + begin + i))
+            for i, row in enumerate(part):
+                pending.samples.append(self._decoders.submit(self._decode, batch, i, row, start + begin + i))
         return pending
 
-    def _decode(self, batch: Batch, i: int, row: tuple, focus: int, position: int) -> None:
-        image_id, image, mask = row
+    def _decode(self, batch: Batch, i: int, row: _Row, position: int) -> None:
+        image_id, image, mask = row.content
         rng = np.random.default_rng([self.seed, stream_key(self.name), position])
-        sample = self.transform(image, mask, rng, focus if focus >= 0 else None, image_id=image_id)
+        try:
+            sample = self.transform(image, mask, rng, row.focus if row.focus >= 0 else None, image_id=image_id)
+            self._check_ids(sample, image_id)
+        except InputError as error:
+            self._put_aside(row, error)
+            sample = Sample(np.zeros((3, *self.transform.crop), np.uint8), None, np.zeros(self.transform.crop, bool))
         batch.image.numpy()[i] = sample.image
         batch.valid.numpy()[i] = sample.valid
         if batch.labels is not None:
             batch.labels.numpy()[i] = IGNORE if sample.labels is None else sample.labels
+
+    def _check_ids(self, sample: Sample, image_id: str) -> None:
+        if sample.labels is None:
+            return
+        classes = self.manifest.classes
+        bad_HW = (sample.labels >= classes.num_classes) & (sample.labels != IGNORE)
+        if bad_HW.any():
+            raise InputError(f"image_id {image_id!r}: its mask holds id {sample.labels[bad_HW].min()}, the classes of "
+                             f"'{classes.name}' are 0 to {classes.num_classes - 1}; pack it again")
+
+    def _put_aside(self, row: _Row, error: InputError) -> None:
+        """Note a damaged row; too many of them end the stream."""
+        file = self.manifest.files[row.file]
+        self.damaged[file.name, sum(file.row_groups[: row.group]) + row.row] = str(error)
+        if len(self.damaged) > self.most_damaged:
+            raise damage_error(self.name, self.manifest, self.damaged, self.most_damaged) from None
 
 
 class _Lanes:
@@ -309,8 +348,8 @@ class _Lanes:
         self._width, self._receive = order.lane_width, receive
         self._windows: dict[int, deque[WindowRows]] = {lane: deque() for lane in range(first, last)}
 
-    def take(self, step: int) -> list[tuple[tuple, int]]:
-        """(row, focus class) of this rank's slice of `step`; steps must be taken in turn."""
+    def take(self, step: int) -> list[_Row]:
+        """This rank's slice of `step`; steps must be taken in turn."""
         taken = []
         for windows in self._windows.values():
             for k in range(step * self._width, (step + 1) * self._width):
@@ -320,7 +359,8 @@ class _Lanes:
                 at = k - head.window.first
                 row, head.rows[at] = head.rows[at], None
                 assert row is not None, "rows out of order"
-                taken.append((row, int(head.window.focus[at])))
+                window = head.window
+                taken.append(_Row(row, *(int(column[at]) for column in (window.focus, window.file, window.group, window.row))))
                 if at + 1 == len(head.rows):
                     windows.popleft()
         return taken
@@ -335,6 +375,15 @@ class _Lanes:
             if not target.queued:
                 target.queued = True
                 self._windows[target.window.lane].append(target)
+
+
+def damage_error(name: str, manifest: Manifest, damaged: Mapping[tuple[str, int], str], most: int) -> InputError:
+    """The end of a run whose data is damaged beyond the limit, with the first of the rows."""
+    lines = [f"{shard}, row {row}: {what}" for (shard, row), what in sorted(damaged.items())[:SHOWN_DAMAGE]]
+    more = [f"and {len(damaged) - SHOWN_DAMAGE} more"] if len(damaged) > SHOWN_DAMAGE else []
+    return InputError(f"stream '{name}': {len(damaged)} damaged row(s) in {manifest.url}, more than the {most} of "
+                      f"{manifest.num_rows} that data.damage_limit allows; pack them again, or raise it:\n  "
+                      + "\n  ".join(lines + more))
 
 
 def class_pixel_array(column: pa.ChunkedArray, num_classes: int) -> Ints:
