@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +29,10 @@ from ecocseg.storage import Storage, join, reason
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_RETRIES = 3
+SHARD_NAME = re.compile(r"(\.\./(?!\.)[^/]+/)?(?!\.)[^/]+")
+"""Of a shard in the manifest's folder or one beside it, and nowhere else."""
+ROW_GROUP_BYTES = 8 << 20
+"""Image bytes from which a row group is closed: it is what one read fetches."""
 SCHEMA = pa.schema([
     ("image_id", pa.string()), ("image", pa.binary()), ("mask", pa.binary()), ("image_b", pa.binary()),
     ("height", pa.int32()), ("width", pa.int32()), ("class_pixels", pa.list_(pa.int64())), ("group", pa.string()),
@@ -47,11 +54,16 @@ class Record:
 @dataclass(frozen=True)
 class ShardFile:
     name: str
+    """In the folder of the manifest; or, as ../labeled/shard-00000.parquet, in one beside it."""
     rows: int
     bytes: int
     sha256: str
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,11 @@ class Manifest:
         """sha256 over classes and shard contents, in hex; independent of where the shards lie."""
         content = [self.dataset, self.classes.hash, *(f"{f.name} {f.rows} {f.sha256}" for f in self.files)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+    def url_of(self, file: ShardFile) -> str:
+        """Where a shard of this manifest lies."""
+        scheme, separator, path = join(self.url, file.name).rpartition("://")
+        return scheme + separator + posixpath.normpath(path)
 
     def row_group_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """(file, row group in it, rows) of every row group, in order. Shape: [G] each."""
@@ -109,51 +126,50 @@ def inspect_record(record: Record, classes: ClassList) -> tuple[dict[str, Any], 
     return row, counts
 
 
-class _ShardWriter:
-    """Collects rows into row groups and shards of about a size, and uploads each shard when it is full."""
+class ShardBuilder:
+    """A shard in memory: rows are collected into row groups of at most `group_rows` rows and about 8 MiB."""
 
-    def __init__(self, destination: str, storage: Storage, shard_bytes: int, row_group_rows: int) -> None:
-        self.destination, self.storage, self.shard_bytes, self.group_rows = destination, storage, shard_bytes, row_group_rows
-        self.files: list[ShardFile] = []
-        self.rows: list[dict[str, Any]] = []
-        self.groups: list[int] = []
-        self.sink: io.BytesIO | None = None
-        self.writer: pq.ParquetWriter | None = None
+    def __init__(self, group_rows: int) -> None:
+        self.group_rows = group_rows
+        self._rows: list[dict[str, Any]] = []
+        self._waiting = 0
+        self._groups: list[int] = []
+        self._sink = io.BytesIO()
+        # image bytes are compressed already; checksums, because a reader must notice damage in the middle of a run
+        self._writer = pq.ParquetWriter(self._sink, SCHEMA, compression="none", use_dictionary=False,
+                                        write_statistics=False, write_page_checksum=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the row groups that are full."""
+        return self._sink.tell() if self._groups else 0
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if len(self.rows) >= self.group_rows:
-            self.flush_group()
-        if self.sink is not None and self.sink.tell() >= self.shard_bytes:
-            self.flush_shard()
+        self._rows.append(row)
+        self._waiting += sum(len(row[column] or b"") for column in ("image", "mask", "image_b"))
+        if len(self._rows) >= self.group_rows or self._waiting >= ROW_GROUP_BYTES:
+            self._flush()
 
-    def flush_group(self) -> None:
-        if not self.rows:
-            return
-        if self.writer is None:
-            self.sink = io.BytesIO()
-            # image bytes are compressed already; checksums, because a reader must notice damage in the middle of a run
-            self.writer = pq.ParquetWriter(self.sink, SCHEMA, compression="none", use_dictionary=False,
-                                           write_statistics=False, write_page_checksum=True)
-        self.writer.write_table(pa.Table.from_pylist(self.rows, SCHEMA), row_group_size=len(self.rows))
-        self.groups.append(len(self.rows))
-        self.rows = []
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
+            self._groups.append(len(self._rows))
+        self._rows, self._waiting = [], 0
 
-    def flush_shard(self) -> None:
-        self.flush_group()
-        if self.writer is None or self.sink is None:
-            return
-        self.writer.close()
-        data, name = self.sink.getvalue(), f"shard-{len(self.files):05d}.parquet"
-        self.storage.write_bytes(join(self.destination, name), data)
-        self.files.append(ShardFile(name, sum(self.groups), len(data), hashlib.sha256(data).hexdigest(), tuple(self.groups)))
-        self.writer, self.sink, self.groups = None, None, []
+    def finish(self, number: int) -> tuple[bytes, ShardFile]:
+        """The file of the shard, and what the manifest says of it."""
+        self._flush()
+        self._writer.close()
+        data = self._sink.getvalue()
+        return data, ShardFile(shard_name(number), sum(self._groups), len(data), hashlib.sha256(data).hexdigest(),
+                               tuple(self._groups))
 
 
 def write_shards(records: Iterable[Record], destination: str, *, dataset: str, classes: ClassList,
                  shard_bytes: int = 64 << 20, row_group_rows: int = 32, storage: Storage | None = None,
                  options: dict[str, Any] | None = None) -> Manifest:
-    """Pack records into shards of about `shard_bytes` and row groups of `row_group_rows` rows.
+    """Pack records, one after the other, into shards of about `shard_bytes` and row groups of at most `row_group_rows` rows.
+    `packing.pack` packs the files of a data set in parallel.
 
     Raises:
         InputError: for a record whose mask has unknown ids or another size, or that does not decode, for two records of
@@ -161,23 +177,35 @@ def write_shards(records: Iterable[Record], destination: str, *, dataset: str, c
     """
     storage = storage or Storage()
     storage.delete(join(destination, MANIFEST))  # first: a folder being written is not whole
-    writer = _ShardWriter(destination, storage, shard_bytes, row_group_rows)
+    files: list[ShardFile] = []
     totals = np.zeros(classes.num_classes, dtype=np.int64)
     labeled = 0
     seen: set[str] = set()
+    builder: ShardBuilder | None = None
+
+    def write(full: ShardBuilder) -> None:
+        data, file = full.finish(len(files))
+        storage.write_bytes(join(destination, file.name), data)
+        files.append(file)
+
     for record in records:
         if record.image_id in seen:
             raise InputError(f"image_id '{record.image_id}' comes twice; give each image a name of its own")
         seen.add(record.image_id)
         row, counts = inspect_record(record, classes)
-        writer.add(row)
+        builder = builder or ShardBuilder(row_group_rows)
+        builder.add(row)
+        if builder.num_bytes >= shard_bytes:
+            write(builder)
+            builder = None
         if counts is not None:
             totals += counts
             labeled += 1
-    writer.flush_shard()
-    if not writer.files:
+    if builder is not None:
+        write(builder)
+    if not files:
         raise InputError(f"{destination}: there is no image to pack; check the source folder and the selection")
-    manifest = Manifest(destination, dataset, classes, sum(f.rows for f in writer.files), labeled, tuple(writer.files),
+    manifest = Manifest(destination, dataset, classes, sum(f.rows for f in files), labeled, tuple(files),
                         tuple(int(t) for t in totals), options=options or {})
     written = {file.name for file in manifest.files}
     for name in storage.list_files(destination):  # shards of a longer set that was here before
@@ -227,23 +255,28 @@ def _adds_up(manifest: Manifest) -> bool:
     classes = manifest.classes
     return (manifest.num_rows == sum(f.rows for f in manifest.files) and 0 <= manifest.num_labeled <= manifest.num_rows
             and all(f.rows == sum(f.row_groups) for f in manifest.files)
+            and all(SHARD_NAME.fullmatch(f.name) for f in manifest.files)
             and len(manifest.class_pixels) == len(classes.palette) == classes.num_classes)
 
 
 def file_problems(manifest: Manifest, storage: Storage | None = None, checksums: bool = False) -> dict[str, str]:
     """What is wrong with lost and truncated shards, and with `checksums` changed ones, by shard name."""
     storage = storage or Storage()
-    problems = {}
-    for file in manifest.files:
-        where = join(manifest.url, file.name)
+
+    def problem(file: ShardFile) -> str | None:
+        where = manifest.url_of(file)
         size = storage.size(where)
         if size is None:
-            problems[file.name] = f"{where} is missing"
-        elif size != file.bytes:
-            problems[file.name] = f"{where} has {size} bytes, the manifest says {file.bytes}"
-        elif checksums and hashlib.sha256(storage.read_bytes(where)).hexdigest() != file.sha256:
-            problems[file.name] = f"{where} was changed: its content is not what was packed"
-    return problems
+            return f"{where} is missing"
+        if size != file.bytes:
+            return f"{where} has {size} bytes, the manifest says {file.bytes}"
+        if checksums and hashlib.sha256(storage.read_bytes(where)).hexdigest() != file.sha256:
+            return f"{where} was changed: its content is not what was packed"
+        return None
+
+    with ThreadPoolExecutor(2 if checksums else 16) as pool:  # a bucket takes its time to answer, a shard memory to read
+        found = zip(manifest.files, pool.map(problem, manifest.files), strict=True)
+    return {file.name: text for file, text in found if text}
 
 
 def check_files(manifest: Manifest, storage: Storage | None = None, checksums: bool = False) -> None:
@@ -258,7 +291,7 @@ def check_files(manifest: Manifest, storage: Storage | None = None, checksums: b
 
 
 def _parquet(manifest: Manifest, file_index: int, storage: Storage | None) -> pq.ParquetFile:
-    where = join(manifest.url, manifest.files[file_index].name)
+    where = manifest.url_of(manifest.files[file_index])
     fs, path = (storage or Storage()).open(where)
     try:
         return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True, page_checksum_verification=True)
@@ -281,7 +314,7 @@ def read_row_group(manifest: Manifest, file_index: int, group_index: int, column
     try:
         return file.read_row_group(group_index, columns=list(columns))
     except (OSError, pa.ArrowException) as error:
-        raise _shard_error(join(manifest.url, manifest.files[file_index].name), error) from None
+        raise _shard_error(manifest.url_of(manifest.files[file_index]), error) from None
 
 
 def read_metadata(manifest: Manifest, columns: Sequence[str] = ("class_pixels",), storage: Storage | None = None) -> pa.Table:
@@ -291,7 +324,7 @@ def read_metadata(manifest: Manifest, columns: Sequence[str] = ("class_pixels",)
         try:
             tables.append(_parquet(manifest, index, storage).read(columns=list(columns)))
         except (OSError, pa.ArrowException) as error:
-            raise _shard_error(join(manifest.url, shard.name), error) from None
+            raise _shard_error(manifest.url_of(shard), error) from None
     return pa.concat_tables(tables)
 
 

@@ -6,14 +6,23 @@ Images are .png as published or .jpg; masks are 8-bit PNGs of the same stem. The
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ecocseg.data.classes import CLASS_LISTS, IGNORE
-from ecocseg.data.shards import Record
-from ecocseg.data.sources.pairs import IMAGE_SUFFIXES, MASK_SUFFIXES, Pair, checked_records, find_files, id_table, match
+from ecocseg.data.sources.pairs import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    Pair,
+    Source,
+    find_files,
+    id_table,
+    match,
+    read_pair,
+)
+from ecocseg.data.sources.tree import check_choice, last_number
 from ecocseg.errors import InputError
 
 CLASSES = CLASS_LISTS["camvid"]
@@ -36,24 +45,22 @@ def _pairs(root: Path, split: str, sequences: Sequence[str], unlabeled: bool, pr
         masks = find_files(root / f"{split}annot", MASK_SUFFIXES, "their masks; add it, or pack unlabelled images",
                            problems)
     pairs = match(chosen(images), None if masks is None else chosen(masks), problems)
-    numbers = [re.search(r"(\d+)$", pair.image_id) for pair in pairs]
-    return [replace(pair, group=sequence_of(pair.image_id), index=int(number[1]) if number else None)
-            for pair, number in zip(pairs, numbers, strict=True)]
+    return [replace(pair, group=sequence_of(pair.image_id), index=last_number(pair.image_id)) for pair in pairs]
 
 
-def records(root: str | Path, splits: Sequence[str] = ("train",), sequences: Sequence[str] = (),
-            unlabeled: bool = False) -> Iterator[Record]:
-    """Records of some splits; of some sequences when they are given; without masks when `unlabeled`.
+def source(root: str | Path, splits: Sequence[str] = ("train",), sequences: Sequence[str] = (),
+           unlabeled: bool = False) -> Source:
+    """Images of some splits; of some sequences when they are given; with masks unless `unlabeled`.
+
+    Image ids are names, groups sequences, an index is a frame's number in its sequence.
 
     Raises:
-        InputError: at once, naming all bad files, or a split or sequence that is not there.
+        InputError: for a folder, split or sequence that is not there, naming those that are.
     """
-    unknown = [split for split in splits if split not in SPLITS]
-    if unknown or not splits:
-        raise InputError(f"--split: {', '.join(unknown) or 'none given'}; the splits of CamVid are {', '.join(SPLITS)}")
+    check_choice("splits", splits, SPLITS, "the splits of CamVid")
+    splits = list(dict.fromkeys(splits))
     problems: list[str] = []
-    pairs = [pair for split in dict.fromkeys(splits)
-             for pair in _pairs(Path(root), split, sequences, unlabeled, problems)]
+    pairs = [pair for split in splits for pair in _pairs(Path(root), split, sequences, unlabeled, problems)]
     found = {pair.group for pair in pairs}
     missing = [name for name in sequences if name not in found]
     if not problems and (missing or not pairs):
@@ -61,5 +68,6 @@ def records(root: str | Path, splits: Sequence[str] = ("train",), sequences: Seq
         what = f"no image of sequence {', '.join(missing)}" if missing else "no image (.jpg, .jpeg, .png)"
         raise InputError(f"there is {what} in {', '.join(f'{root}/{s}' for s in splits)}; "
                          f"sequences there: {', '.join(there) or 'none'}")
-    return checked_records(pairs, CLASSES, id_table(IDS), problems,
-                           f"masks hold ids 0 to {CLASSES.num_classes - 1}, {VOID} (void) and {IGNORE}")
+    return Source("camvid", CLASSES, pairs, partial(read_pair, table=id_table(IDS)), problems,
+                  f"masks hold ids 0 to {CLASSES.num_classes - 1}, {VOID} (void) and {IGNORE}",
+                  {"source": "camvid", "splits": splits, "sequences": list(sequences), "unlabeled": unlabeled})

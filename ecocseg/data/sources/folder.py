@@ -10,16 +10,15 @@ The class list is a text file with one name a line, or YAML or JSON:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ecocseg.data.classes import CLASS_LISTS, IGNORE, ClassList, Colour, default_palette
-from ecocseg.data.shards import Record
-from ecocseg.data.sources.pairs import IMAGE_SUFFIXES, MASK_SUFFIXES, checked_records, find_files, id_table, match
+from ecocseg.data.sources.pairs import IMAGE_SUFFIXES, MASK_SUFFIXES, Source, find_files, id_table, match, read_pair
 from ecocseg.errors import InputError
 
 KEYS = ("name", "names", "palette", "thing_ids", "ids")
@@ -117,12 +116,17 @@ def _ids(plain: Any, count: int, problems: list[str]) -> dict[int, int]:
     return ids
 
 
-def records(root: str | Path, classes: FolderClasses, unlabeled: bool = False) -> Iterator[Record]:
-    """Records of the images below `root`/images, with the masks below `root`/masks unless `unlabeled`; subfolders are groups.
+def source(root: str | Path, classes: str | Path | FolderClasses, name: str | None = None, unlabeled: bool = False) -> Source:
+    """Images below `root`/images, and masks of the same stems below `root`/masks unless `unlabeled`.
+
+    `classes` is a class list file or the name of a built-in list, `name` that of the data set (default: the folder's). Image
+    ids are paths below images/ without suffix, groups the folders of them.
 
     Raises:
-        InputError: at once, naming all bad files.
+        InputError: when a folder or the class list is not there, there is no image, or the class list has mistakes.
     """
+    if not isinstance(classes, FolderClasses):
+        classes = read_classes(classes)
     problems: list[str] = []
     root = Path(root)
     images = find_files(root / "images", IMAGE_SUFFIXES, "the images", problems)
@@ -130,9 +134,10 @@ def records(root: str | Path, classes: FolderClasses, unlabeled: bool = False) -
         raise InputError(f"there is no image ({', '.join(IMAGE_SUFFIXES)}) in {root / 'images'}")
     masks = None
     if not unlabeled:
-        masks = find_files(root / "masks", MASK_SUFFIXES, "their masks; add it, or give --unlabeled", problems)
-    known = sorted(classes.ids)
+        masks = find_files(root / "masks", MASK_SUFFIXES, "their masks; add it, or pack unlabelled images", problems)
     pairs = [replace(pair, group=pair.image_id.rpartition("/")[0] or None) for pair in match(images, masks, problems)]
-    return checked_records(pairs, classes.classes, id_table(classes.ids), problems,
-                           f"known ids are {', '.join(map(str, known[:30]))}{' ...' if len(known) > 30 else ''} and {IGNORE} "
-                           "(ignored); 'ids' in the class list maps others")
+    known = sorted(classes.ids)
+    return Source(name or root.resolve().name, classes.classes, pairs, partial(read_pair, table=id_table(classes.ids)),
+                  problems, f"known ids are {', '.join(map(str, known[:30]))}{' ...' if len(known) > 30 else ''} and {IGNORE} "
+                  "(ignored); 'ids' in the class list maps others",
+                  {"source": "folder", "unlabeled": unlabeled, "ids": {str(raw): train for raw, train in classes.ids.items()}})

@@ -1,12 +1,10 @@
-"""Pairs of image and mask files: found by stem, all checked before any is packed, then read one by one."""
+"""Pairs of image and mask files: found by stem, read one by one."""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ from PIL import Image
 
 from ecocseg.data.checks import decode_ids
 from ecocseg.data.classes import IGNORE, ClassList
-from ecocseg.data.shards import Record, inspect_record
+from ecocseg.data.shards import Record
 from ecocseg.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MASK_SUFFIXES = (".png",)
 UNKNOWN = -1
-SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,10 @@ class Source:
     """How it was selected, for the manifest; plain JSON."""
 
 
+class NoMask(str):
+    """The problem of an image without a mask; it is none where only some images are labelled."""
+
+
 def id_table(ids: Mapping[int, int]) -> NDArray[np.int16]:
     """Train id by raw id, int16 [256]; `UNKNOWN` where `ids` says nothing. 255 stays ignored unless it is given."""
     table = np.full(256, UNKNOWN, np.int16)
@@ -91,19 +92,19 @@ def match(images: Mapping[str, Path], masks: Mapping[str, Path] | None, problems
     """Pairs of one stem; files without a partner become problems. `masks` None: images alone."""
     if masks is None:
         return [Pair(stem, path) for stem, path in images.items()]
-    problems += [f"{path} has no mask of the same stem" for stem, path in images.items() if stem not in masks]
+    problems += [NoMask(f"{path} has no mask of the same stem") for stem, path in images.items() if stem not in masks]
     problems += [f"{path} has no image of the same stem" for stem, path in masks.items() if stem not in images]
     return [Pair(stem, path, masks[stem]) for stem, path in images.items() if stem in masks]
 
 
 def read_pair(pair: Pair, table: NDArray[np.int16]) -> Record:
-    """The record of a pair; the image's bytes are as found, so are the mask's when no id of it changes.
+    """The record of a pair; images are the bytes found, and so is the mask when no id of it changes.
 
     Raises:
         InputError: when the mask does not decode or holds ids that `table` does not know, or a file cannot be read.
     """
     try:
-        image, mask = pair.image.read_bytes(), None if pair.mask is None else pair.mask.read_bytes()
+        image, mask, image_b = (None if path is None else path.read_bytes() for path in (pair.image, pair.mask, pair.image_b))
     except OSError as error:
         raise InputError(f"{error.filename or pair.image} cannot be read: {error.strerror or error}") from None
     if mask is not None:
@@ -116,28 +117,5 @@ def read_pair(pair: Pair, table: NDArray[np.int16]) -> Record:
             buffer = io.BytesIO()
             Image.fromarray(table[raw_HW].astype(np.uint8)).save(buffer, "PNG", optimize=True)
             mask = buffer.getvalue()
-    return Record(pair.image_id, image, mask, group=pair.group, index=pair.index)
-
-
-def checked_records(pairs: Sequence[Pair], classes: ClassList, table: NDArray[np.int16], problems: Sequence[str] = (),
-                    remedy: str = "") -> Iterator[Record]:
-    """Check every pair, then yield their records in order.
-
-    Raises:
-        InputError: at once, naming all problems there are (the first 20, and how many more); with `remedy` at its end.
-    """
-    def problem(pair: Pair) -> str | None:
-        try:
-            record = read_pair(pair, table)
-            inspect_record(replace(record, image_id=str(pair.image)), classes)
-        except InputError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        every = [*problems, *(text for text in pool.map(problem, pairs) if text)]
-    if every:
-        more = [f"and {len(every) - SHOWN_PROBLEMS} more"] if len(every) > SHOWN_PROBLEMS else []
-        lines = "\n  ".join([*every[:SHOWN_PROBLEMS], *more])
-        raise InputError(f"{len(every)} problem(s) in the source, nothing was written:\n  {lines}{remedy and chr(10) + remedy}")
-    return (read_pair(pair, table) for pair in pairs)
+    assert image is not None
+    return Record(pair.image_id, image, mask, image_b, pair.group, pair.index)
