@@ -104,6 +104,19 @@ def test_encode_then_decode_is_forward(head):
         assert torch.equal(model.decode(maps, (70, 50)), logits) and torch.equal(maps[-1], feature)
 
 
+@pytest.mark.parametrize(("head", "levels"), [
+    ("deeplabv3plus", (0, 3)), ("deeplabv2", (3,)), ("daformer", (0, 1, 2, 3)), ("smp:Unet", (1, 2, 3, 4, 5))])
+def test_levels_of_feature_dropout_are_those_the_decoder_reads(head, levels):
+    model = tiny("resnet18", head).eval()
+    assert model.feature_dropout_levels == levels
+    with torch.no_grad():
+        maps = model.encode(torch.randn(1, 3, 64, 64))
+        logits = model.decode(maps, (64, 64))
+        for level in range(len(maps)):
+            other = [m + (i == level) for i, m in enumerate(maps)]
+            assert torch.equal(model.decode(other, (64, 64)), logits) == (level not in levels)
+
+
 @pytest.mark.parametrize("encoder", ["mit_b0", "resnet18"])
 def test_channels_last_gives_the_same_logits(encoder):
     model, image = tiny(encoder, "daformer").eval(), torch.randn(2, 3, 64, 96)

@@ -54,7 +54,14 @@ class LevelEmbedding(nn.Module):
         return torch.cat([resized(linear(m), maps[0]) for linear, m in zip(self.linear, maps, strict=True)], dim=1)
 
 
-class DaformerHead(nn.Module):
+class Head(nn.Module):
+    """A decoder head, made of (channels and strides of the maps, outputs, inner channels, dropout before the classifier)."""
+
+    feature_dropout_levels: tuple[int, ...] | None = None
+    """Indices of the maps the head reads and UniMatch's feature perturbation drops channels of; None = all of them."""
+
+
+class DaformerHead(Head):
     """DAFormer: level embedding, then a depthwise-separable ASPP over all levels at the finest stride (4).
 
     Hoyer et al., CVPR 2022. The branch of dilation 1 is a plain 1x1 convolution; a 3x3 convolution joins the branches.
@@ -78,7 +85,7 @@ class DaformerHead(nn.Module):
         return self.classify(self.join(torch.cat([branch(wide_BDhw) for branch in self.branches], dim=1)))
 
 
-class SegformerHead(nn.Module):
+class SegformerHead(Head):
     """SegFormer: level embedding, 1x1 convolution with batch norm and ReLU, classifier. Xie et al., NeurIPS 2021."""
 
     def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
@@ -92,12 +99,13 @@ class SegformerHead(nn.Module):
         return self.classify(self.fuse(self.embed(maps)))
 
 
-class DeepLabV2Head(nn.Module):
+class DeepLabV2Head(Head):
     """DeepLabV2 as in DACS: dilated 3x3 convolutions from the last map straight to the outputs, summed.
 
     It has no norm, no dropout and no inner channels; `channels` and `dropout` are without effect.
     """
 
+    feature_dropout_levels = (-1,)
     dilations = (6, 12)
 
     def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
@@ -130,13 +138,14 @@ class PooledContext(nn.Module):
         return pooled_BD11.expand(-1, -1, *map_BChw.shape[-2:])
 
 
-class DeepLabV3PlusHead(nn.Module):
+class DeepLabV3PlusHead(Head):
     """DeepLabV3+ with plain 3x3 convolutions, as UniMatch has it: ASPP on the last map, joined with the finest one.
 
     Dilations are 6, 12, 18 at stride 16 and coarser, doubled at stride 8 (Chen et al., ECCV 2018). Maps are resized
     with corners aligned, as in UniMatch's code. UniMatch has no dropout before the classifier: dropout 0 is its recipe.
     """
 
+    feature_dropout_levels = (0, -1)
     dilations = (6, 12, 18)
     low_channels = 48
 
@@ -160,7 +169,7 @@ class DeepLabV3PlusHead(nn.Module):
         return self.classify(self.fuse(wide_BDhw))
 
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, type[Head]] = {
     "daformer": DaformerHead,
     "deeplabv2": DeepLabV2Head,
     "segformer": SegformerHead,

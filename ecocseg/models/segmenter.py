@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ecocseg.errors import InputError
 from ecocseg.models.encoders import Encoder, SmpEncoder, build_encoder, unknown
-from ecocseg.models.heads import HEADS
+from ecocseg.models.heads import HEADS, Head
 from ecocseg.models.weights import load_encoder_weights
 
 if TYPE_CHECKING:
@@ -30,10 +30,16 @@ class Segmenter(nn.Module):
     zeros (the mean colour, after normalisation) are added at the bottom and right and their logits cut off again.
     """
 
-    def __init__(self, encoder: Encoder, decoder: nn.Module, num_outputs: int) -> None:
+    def __init__(self, encoder: Encoder, decoder: Head, num_outputs: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.num_outputs = encoder, decoder, num_outputs
         self.weights_note = "from scratch"
+
+    @property
+    def feature_dropout_levels(self) -> tuple[int, ...]:
+        """Indices into `encode`'s maps, from 0: those the decoder reads, in which UniMatch drops whole channels."""
+        count, levels = len(self.encoder.channels), self.decoder.feature_dropout_levels
+        return tuple(range(count) if levels is None else sorted(level % count for level in levels))
 
     @overload
     def forward(self, image_B3HW: Tensor, return_features: Literal[False] = False) -> Tensor: ...
@@ -62,11 +68,12 @@ class Segmenter(nn.Module):
         return logits_BKhw[..., :rows, :columns]
 
 
-class SmpDecoder(nn.Module):
+class SmpDecoder(Head):
     """Decoder and output layer of a segmentation_models_pytorch model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_maps: int) -> None:
         super().__init__()
+        self.feature_dropout_levels = tuple(range(1, num_maps))  # all but the first, which is the image
         self.body, self.output = model.decoder, model.segmentation_head
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -128,7 +135,7 @@ def _through_gate(architecture: str, encoder: str, num_outputs: int, output_stri
         model.encoder.reset_drop_path(drop_path)
     elif drop_path > 0:
         raise InputError(f"model.drop_path: {GATE}{name} with '{encoder}' has none; set it to 0")
-    return Segmenter(SmpEncoder(model.encoder), SmpDecoder(model), num_outputs)
+    return Segmenter(SmpEncoder(model.encoder), SmpDecoder(model, len(model.encoder.out_channels)), num_outputs)
 
 
 def describe(model: Segmenter) -> str:
