@@ -235,14 +235,7 @@ def run_source(options: argparse.Namespace) -> None:
     if split is None:
         parts = [packing.plan(_listed(options, options.unlabeled, storage), options.out, settings, storage=storage)]
     else:
-        whole, root = _listed(options, False, storage), _root(options)
-        divided = splits.divide(whole, _listed(options, True, storage), root, split)
-        partners = {entry.image_id: entry for entry in whole.entries}
-        lists = {f"{part}.txt": splits.to_list(source, partners, root) for part, source in divided.items()}
-        parts = []
-        for part, source in divided.items():
-            refers_to = parts[0] if part == "unlabeled" and split.with_labeled else None
-            parts.append(packing.plan(source, join(options.out, part), settings, storage=storage, refers_to=refers_to))
+        parts, lists = _split_parts(options, split, settings, storage)
     if options.dry_run:
         _show_plan(parts, options)
         return
@@ -252,6 +245,19 @@ def run_source(options: argparse.Namespace) -> None:
         storage.write_bytes(join(options.out, name), data)
     for manifest, part in zip(made, parts, strict=True):
         show(manifest, shares=part.refers_to is None)
+
+
+def _split_parts(options: argparse.Namespace, split: splits.Split, settings: Settings,
+                 storage: Storage) -> tuple[list[Part], dict[str, bytes]]:
+    """The parts of a split, and their lists by file name."""
+    whole, pool, root = _listed(options, False, storage), _listed(options, True, storage), _root(options)
+    divided = splits.divide(whole, pool, root, split)
+    partners = {entry.image_id: entry for entry in whole.entries}
+    parts: list[Part] = []
+    for name, source in divided.items():
+        refers_to = parts[0] if name == "unlabeled" and split.with_labeled else None
+        parts.append(packing.plan(source, join(options.out, name), settings, storage=storage, refers_to=refers_to))
+    return parts, {f"{name}.txt": splits.to_list(source, partners, root) for name, source in divided.items()}
 
 
 def _root(options: argparse.Namespace) -> str:

@@ -68,9 +68,10 @@ def _block(block: Any, tasks: Sequence[Task]) -> Any:
 def _in_parallel(jobs: Sequence[Job], tasks: Sequence[Task], workers: int | None) -> Iterator[tuple[int, Packed]]:
     import ray.data
 
-    from ecocseg.launch import start_ray
+    if not ray.is_initialized():
+        from ecocseg.launch import start_ray
 
-    start_ray()
+        start_ray()
     dataset = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs)).map_batches(
         partial(_block, tasks=tasks), batch_size=None, batch_format="pyarrow", num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=workers))
