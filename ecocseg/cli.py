@@ -14,8 +14,10 @@ import yaml
 
 from ecocseg import checkpoint, launch, loop
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, validate
+from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalResult, table
+from ecocseg.smoke import smoke
 from ecocseg.storage import join
 from ecocseg.tracking import ProgressDisplay
 
@@ -28,11 +30,13 @@ def main(description: str, default_recipe: str, argv: Sequence[str] | None = Non
         print(list_recipes())
         return 0
     config = load(args.recipe, args.config, args.overrides)
+    if args.smoke:
+        config = smoke(config, "data/smoke")
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0
     if args.dry_run:
-        print(dry_run(config))
+        print(dry_run_without_data(config) if args.no_data else dry_run(config))
         return 0
     display = ProgressDisplay()
     try:
@@ -56,6 +60,9 @@ def parse(description: str, default_recipe: str, argv: Sequence[str] | None) -> 
     parser.add_argument("--list", action="store_true", help="show the recipes and exit")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without training")
+    parser.add_argument("--no-data", action="store_true", help="with --dry-run: check what needs neither data nor GPU")
+    parser.add_argument("--smoke", action="store_true",
+                        help="the recipe's method, coding and decoder on toy pictures in small sizes: seconds on any machine")
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="go on from the newest checkpoint; `auto` starts anew when there is none")
     parser.add_argument("--seeds", metavar="0,1,2", help="run once for each seed and sum up")
@@ -78,29 +85,49 @@ def list_recipes() -> str:
 
 def dry_run(config: RunConfig) -> str:
     """Check config, data, storage, resources and model shapes; returns what was found."""
-    import torch
-
     config, run_url = launch.choose_run(config, "auto" if config.run.name else None)
     launch.preflight(config, run_url)
     resources = launch.plan_resources(config, *launch.cluster_size())
     manifests = loop.load_manifests(config)
-    classes = manifests["labeled"].classes
-    book = checkpoint.build_codebook(config.coding, classes)
-    coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
-    model = checkpoint.build_model(config.model, coding.num_outputs).eval()
-    with torch.no_grad():
-        logits = model(torch.zeros(1, 3, *config.data.crop))
-    size = sum(p.numel() for p in model.parameters()) / 1e6
     lines = [f"recipe      {config.recipe}: {config.description}", f"run folder  {run_url} (writable)"]
     lines += [f"data        {name}: {m.num_rows} images, {m.num_labeled} with masks, {len(m.files)} shard(s), {m.url}"
               for name, m in manifests.items()]
-    lines += [f"classes     {classes.num_classes}: {', '.join(classes.names)}",
-              f"coding      {coding.describe()}",
-              f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters, crop "
-              f"{tuple(config.data.crop)} -> logits {tuple(logits.shape)}",
+    lines += [*task_lines(config, manifests["labeled"].classes, forward=True),
               f"resources   {resources.describe()}; {loop.micro_batches(config, resources.workers)} micro-batch(es)",
               "all checks passed; nothing was trained"]
     return "\n".join(lines)
+
+
+def dry_run_without_data(config: RunConfig) -> str:
+    """Check what a recipe says without its data: classes, coding, model and batches. The model is only counted."""
+    if config.data.classes is None:
+        raise InputError("--no-data: data.classes is not set; name the built-in class list the data would have")
+    urls = {"labeled": config.data.labeled, "unlabeled": config.data.unlabeled, **config.data.eval}
+    lines = [f"recipe      {config.recipe}: {config.description}"]
+    lines += [f"data        {name}: {url} (not looked at)" for name, url in urls.items() if url is not None]
+    lines += [*task_lines(config, CLASS_LISTS[config.data.classes], forward=False),
+              f"batches     {config.train.labeled_batch} labelled"
+              + (f" + {config.train.unlabeled_batch} unlabelled" if config.needs_unlabeled else "")
+              + f" images a step, {config.train.steps} steps",
+              "all checks passed that need no data; nothing was trained"]
+    return "\n".join(lines)
+
+
+def task_lines(config: RunConfig, classes: ClassList, forward: bool) -> list[str]:
+    """Classes, coding and model of a run; with `forward` the model is built, run once, and its output's shape shown."""
+    import torch
+
+    book = checkpoint.build_codebook(config.coding, classes)
+    coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
+    with torch.device("cpu" if forward else "meta"):
+        model = checkpoint.build_model(config.model, coding.num_outputs, pretrained=forward).eval()
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    shape = ""
+    if forward:
+        with torch.no_grad():
+            shape = f", crop {tuple(config.data.crop)} -> logits {tuple(model(torch.zeros(1, 3, *config.data.crop)).shape)}"
+    return [f"classes     {classes.num_classes}: {', '.join(classes.names)}", f"coding      {coding.describe()}",
+            f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters{shape}"]
 
 
 def run_one(config: RunConfig, resume: str | None, display: ProgressDisplay) -> int:

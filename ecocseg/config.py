@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -30,6 +31,8 @@ class DataConfig(Section):
     """URL of the unlabelled shards; masks in them are never read."""
     eval: dict[str, str] = Field(default_factory=dict)
     """URLs of labelled evaluation shards by name; the first is the one that counts."""
+    classes: str | None = None
+    """Built-in class list the shards must have (see ecocseg/data/classes.py); null = whatever they have."""
     prepare: Literal["demo"] | None = None
     """Data set to make at these URLs when they hold nothing yet; `demo` is the built-in one."""
     crop: Size = (512, 512)
@@ -363,6 +366,9 @@ def validate(plain: dict[str, Any]) -> RunConfig:
 def _conflicts(config: RunConfig) -> list[str]:
     """What no single key is to blame for. Each line names the keys and the remedy."""
     problems = []
+    if config.data.classes is not None and config.data.classes not in CLASS_LISTS:
+        problems.append(f"data.classes: no built-in list '{config.data.classes}'{_hint(config.data.classes, list(CLASS_LISTS))}"
+                        f"; there are {', '.join(sorted(CLASS_LISTS))}, or null for whatever the shards have")
     if config.data.labeled is None:
         problems.append("data.labeled: not set; give the URL of labelled shards (jobs/prepare_shards.py makes them)")
     if config.needs_unlabeled and config.data.unlabeled is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecocseg import checkpoint
 from ecocseg.config import RunConfig
-from ecocseg.data.classes import IGNORE
+from ecocseg.data.classes import CLASS_LISTS, IGNORE
 from ecocseg.data.order import RareClass
 from ecocseg.data.pipeline import Batch, Stream, damage_error
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
@@ -395,6 +395,10 @@ def load_manifests(config: RunConfig) -> dict[str, Manifest]:
         if name != "unlabeled" and manifests[name].classes.names != manifests["labeled"].classes.names:
             raise InputError(f"{key}: {url} has the classes of '{manifests[name].classes.name}', data.labeled those of "
                              f"'{manifests['labeled'].classes.name}'; pack both with one class list")
+    wanted, found = config.data.classes, manifests["labeled"].classes
+    if wanted is not None and CLASS_LISTS[wanted].names != found.names:
+        raise InputError(f"data.classes: the recipe is for '{wanted}' ({CLASS_LISTS[wanted].num_classes} classes), "
+                         f"data.labeled has '{found.name}' ({found.num_classes}); pack it with that list, or data.classes=null")
     return manifests
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -58,10 +59,12 @@ class MitEncoder(Encoder):
     """MiT (SegFormer) with its four maps at strides 4, 8, 16, 32."""
 
     def __init__(self, name: str, in_channels: int, drop_path: float, recompute: bool) -> None:
-        net = smp.encoders.get_encoder(name, in_channels=in_channels, weights=None)
+        with torch.device("cpu"):  # while it is built it reads numbers out of a tensor, which one on "meta" does not have
+            net = smp.encoders.get_encoder(name, in_channels=in_channels, weights=None)
+            net.reset_drop_path(drop_path)
+        net.to(torch.get_default_device())
         # The attention reduces its keys by 8 at stride 4, which needs 32 pixels.
         super().__init__(net, net.out_channels[2:], (4, 8, 16, 32), smallest=32)
-        net.reset_drop_path(drop_path)
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> list[Tensor]:

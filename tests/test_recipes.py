@@ -1,0 +1,94 @@
+"""Every recipe: it is checked without data, its model has the published size, its smoke variant trains."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ecocseg import cli, launch, loop
+from ecocseg.config import RunConfig, load, recipe_names
+from ecocseg.data.classes import CLASS_LISTS
+from ecocseg.data.sources import toy
+from ecocseg.engine import World
+from ecocseg.errors import InputError
+from ecocseg.smoke import smoke
+
+PUBLISHED_MILLIONS = {("mit_b5", "daformer", 19): 85.16}
+"""(encoder, head, one-hot outputs): million parameters, where the paper or the method's own gives them."""
+
+
+def unique_smoke_runs() -> list[str]:
+    """One recipe of each kind that differs in more than sizes, URLs and texts."""
+    first: dict[str, str] = {}
+    for name in recipe_names():
+        config = load(name)
+        method, model = config.method, config.model
+        key = json.dumps([method.kind, model.head, re.split(r"\d", model.encoder)[0], config.data.sampling, config.optim.kind,
+                          method.feature_distance > 0, config.eval.mode, config.data.classes in ("change", "acdc_cardiac")])
+        first.setdefault(key, name)
+    return sorted(first.values())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_whole(name: str) -> None:
+    config = load(name)
+    text = cli.dry_run_without_data(config)
+    millions = re.search(r"(\d+\.\d+) M parameters", text)
+    assert millions is not None and float(millions[1]) > 0.5
+    assert config.description and config.data.labeled and config.data.eval
+    assert config.coding.kind == "ecoc"
+    if config.published is not None:
+        assert config.coding.codebook.kind == "text"
+    plain = config.updated(coding={"kind": "one_hot"})
+    size = re.search(r"(\d+\.\d+) M parameters", cli.dry_run_without_data(plain))
+    outputs = int(re.search(r"classes +(\d+):", text)[1])  # type: ignore[index]
+    published = PUBLISHED_MILLIONS.get((config.model.encoder, config.model.head, outputs))
+    if published is not None:
+        assert float(size[1]) == pytest.approx(published, rel=0.005)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("coding", ["ecoc", "one_hot"])
+@pytest.mark.parametrize("name", unique_smoke_runs())
+def test_a_smoke_variant_trains(name: str, coding: str, tmp_path: Path) -> None:
+    """Real steps of the recipe's method through the worker's loop, to its evaluation."""
+    config = smoke(load(name), str(tmp_path / "toy")).updated(
+        coding={"kind": coding}, engine={"kind": "torch", "threads": 1}, data={"loader": "torch"},
+        tracking={"tensorboard": False}, run={"directory": str(tmp_path), "name": "run"})
+    url = str(tmp_path / "run")
+    launch.preflight(config, url)
+    started = parameters(config)
+    result = run(config, url)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss/labeled"] for r in records if "loss/labeled" in r]
+    assert len(losses) == config.train.steps and all(0 < value < 1e3 for value in losses)
+    (by_model,) = result["results"].values()
+    assert 0 <= by_model["student"]["miou"] <= 1
+    assert started == result["model"]
+
+
+def run(config: RunConfig, url: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return loop.run_worker(config, url, World(), lambda message: False, launch.tracker_factory(config, url))
+
+
+def parameters(config: RunConfig) -> str:
+    """The model's line as the dry run has it: what is trained is what was checked."""
+    line = next(line for line in cli.dry_run_without_data(config).splitlines() if line.startswith("model"))
+    size = re.search(r"([\d.]+ M parameters)", line)
+    outputs = re.search(r"in (\d+) bits|one-hot, (\d+)", cli.dry_run_without_data(config))
+    assert size is not None and outputs is not None
+    return f"{config.model.encoder} + {config.model.head}, {size[1]}, {outputs[1] or outputs[2]} outputs"
+
+
+def test_classes_must_be_those_of_the_recipe(tmp_path: Path) -> None:
+    config = smoke(load("demo"), str(tmp_path))
+    toy.prepare(str(tmp_path / "voc"), CLASS_LISTS["voc"])
+    urls = {part: str(tmp_path / "voc" / part) for part in toy.PARTS}
+    other = config.updated(data=urls | {"eval": {"target": urls["eval"]}})
+    with pytest.raises(InputError, match="data.classes: the recipe is for 'demo' .11 classes."):
+        launch.preflight(other, str(tmp_path / "run"))
