@@ -304,20 +304,21 @@ class ProgressLine:
     """One line that is written over on a terminal; a line every half minute elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.terminal = stream, stream.isatty()
-        self.begun = self.shown = time.monotonic()
-        self.before: int | None = None
+        self.stream, self.terminal, self.shown = stream, stream.isatty(), time.monotonic()
+        self.calls: list[tuple[float, int]] = []
+        """Time and images of the first call, with what was there, and of the second: a shard is packed, all has begun."""
 
     def __call__(self, packed: int, total: int, num_bytes: int) -> None:
         now = time.monotonic()
-        if self.before is None:
-            self.before = packed
+        if len(self.calls) < 2:
+            self.calls.append((now, packed))
+        if len(self.calls) == 1:
             if packed:
                 print(f"going on: {packed} of {total} images were packed before", file=self.stream, flush=True)
             return
-        text = f"packed {packed} of {total} images, {num_bytes / 2**20:.0f} MiB"
-        if self.before < packed < total and now - self.begun > LOG_SECONDS:
-            text += f", {(now - self.begun) / (packed - self.before) * (total - packed) / 60:.0f} min left"
+        text, (since, before) = f"packed {packed} of {total} images, {num_bytes / 2**20:.0f} MiB", self.calls[1]
+        if before < packed < total:
+            text += f", {(now - since) / (packed - before) * (total - packed) / 60:.0f} min left"
         if self.terminal:
             print(f"\r\x1b[K{text}", end="\n" if packed == total else "", file=self.stream, flush=True)
         elif now - self.shown >= LOG_SECONDS:

@@ -332,6 +332,32 @@ def test_exit_codes_of_the_command(tmp_path):
     assert usage.returncode == 2 and "--out" in usage.stderr and "Traceback" not in usage.stderr
 
 
+def test_every_source_has_a_command(job, capsys):
+    for name in job.SOURCES:
+        with pytest.raises(SystemExit) as ended:
+            job.main([name, "--help"])
+        printed = capsys.readouterr().out
+        assert ended.value.code == 0 and "--skip-bad" in printed and ("--labeled-fraction" in printed) == (name != "images")
+    folder_of = SCRIPT.parents[1] / "ecocseg" / "data" / "sources"
+    there = {path.stem for path in folder_of.glob("*.py") if "\ndef source(" in path.read_text()}
+    assert set(job.SOURCES) == there
+
+
+def test_keywords_of_a_source_are_options(tmp_path, run):
+    for city in ("aachen", "bochum"):
+        for i in range(2):
+            save(tmp_path / f"leftImg8bit/train/{city}/{city}_00000{i}_000019_leftImg8bit.png", picture(i))
+            save(tmp_path / f"gtFine/train/{city}/{city}_00000{i}_000019_gtFine_labelIds.png", ids(i, [7, 8, 4]))
+    code, printed, _ = run("cityscapes", tmp_path, "--out", tmp_path / "out", "--cities", "bochum", "--max-side", 8)
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert code == 0 and "2 images, 2 labelled" in printed and manifest.options["cities"] == ["bochum"]
+    assert manifest.options["pixel_scale"] == 0.25 and sum(manifest.class_pixels[2:]) == 0
+    code, _, message = run("cityscapes", tmp_path, "--out", tmp_path / "no", "--annotation", "rough")
+    assert code == 2 and "annotation: rough" in message
+    code, printed, _ = run("images", tmp_path / "leftImg8bit", "--classes", "cityscapes", "--out", tmp_path / "pool")
+    assert code == 0 and "4 images, 0 labelled" in printed
+
+
 def test_help_has_examples(job, capsys):
     for arguments, parts in (([], ["--sequences 0006R0,0016E5", "check data/camvid/day"]), (["folder"], ["palette", "ids:"]),
                              (["camvid"], ["--unlabeled", "trainannot"]), (["check"], ["--all"])):
