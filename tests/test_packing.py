@@ -6,6 +6,7 @@ import http.client
 import importlib.util
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from ecocseg.data import packing
 from ecocseg.data.packing_plan import Settings, plan
+from ecocseg.data.packing_shard import Packed, task_of
 from ecocseg.data.reencoding import changed
 from ecocseg.data.shards import ROW_GROUP_BYTES, Record, ShardBuilder, check_files, iter_rows, read_manifest
 from ecocseg.data.sources import change, folder, images
@@ -98,18 +101,30 @@ def test_parallel_and_serial_give_the_same_bytes(root, tmp_path):
         seen = []
         packing.pack(listed(root), str(tmp_path / "many"), shard_bytes=SMALL, workers=2,
                      progress=lambda *counts: seen.append(counts))
-        save(root / "masks" / "im-011.png", np.full((80, 100), 9, np.uint8))
-        with pytest.raises(packing.SourceProblems, match=r"1 problem(?s:.*)im-011\.png: unknown id\(s\) 9"):
-            packing.pack(listed(root), str(tmp_path / "bad"), shard_bytes=SMALL, workers=2)
     finally:
         ray.shutdown()
-    save(root / "masks" / "im-011.png", scene(11)[1])
     one = packing.pack(listed(root), str(tmp_path / "one"), shard_bytes=SMALL, workers=1)
     many = read_manifest(str(tmp_path / "many"))
     assert len(one.files) == 5 and many.files == one.files and many.hash == one.hash
     for file in one.files:
         assert (tmp_path / "many" / file.name).read_bytes() == (tmp_path / "one" / file.name).read_bytes()
     assert seen[0] == (0, 18, 0) and seen[-1] == (18, 18, sum(file.bytes for file in one.files)) and len(seen) == 6
+
+
+def test_a_task_answers_with_problems_and_errors_as_data(root, tmp_path):
+    (root / "masks" / "im-003.png").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    part = plan(listed(root), str(tmp_path / "out"))
+    shard = part.shards[0]
+
+    def answer(count: int, place: str) -> dict:
+        task = task_of(replace(part, destination=str(tmp_path / place)), skip_bad=False, threads=1)
+        jobs = pa.table({"job": [pickle.dumps((0, replace(shard, entries=shard.entries[:count])))]})
+        return packing._block(jobs, [task]).to_pylist()[0]
+
+    bad = answer(18, "out")
+    assert not bad["error"] and [image_id for image_id, _ in Packed.from_json(bad["packed"]).problems] == ["im-003"]
+    assert "cannot write" in answer(1, "file")["error"]
 
 
 def test_what_is_packed_is_what_is_there(root, tmp_path):
@@ -417,7 +432,5 @@ def test_into_a_bucket_from_a_folder_and_from_a_bucket(bucket, root, tmp_path, r
 
 
 def test_a_source_pickles_as_it_must(root):
-    import pickle
-
     source = pickle.loads(pickle.dumps(listed(root)))
     assert isinstance(source.read, partial) and source.read(source.entries[0]).image_id == "im-000"
