@@ -405,13 +405,15 @@ def load_manifests(config: RunConfig) -> dict[str, Manifest]:
 def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, start_step: int, micro: int) -> Stream:
     data, labeled = config.data, name == "labeled"
     rare = labeled and data.sampling == "rare_class"
+    # the limit is for labels at their full size; those of a set that was reduced when it was packed have fewer pixels
+    rare_pixels = max(1, round(data.rare_min_pixels * float(manifest.options.get("pixel_scale", 1.0))))
     transform = WeakTransform(
         resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
         max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0)
     return Stream(
         manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
         sampling="rare_class" if rare else "uniform",
-        rare_class=RareClass(data.rare_temperature, data.rare_min_pixels) if rare else None, transform=transform,
+        rare_class=RareClass(data.rare_temperature, rare_pixels) if rare else None, transform=transform,
         rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode_threads=data.decode_threads,
         read_cpus=data.read_cpus, damage_limit=data.damage_limit, storage=checkpoint.build_storage(config),

@@ -5,6 +5,7 @@ Examples:
   python jobs/benchmark.py codebook                    distances reached beside their bounds
   python jobs/benchmark.py step --json step.json       a DAFormer self-training step, one-hot beside ECOC
   python jobs/benchmark.py step --encoder mit_b0 --size 256
+  python jobs/benchmark.py ingest --s3                 images a second into a worker, beside other loaders
 
 Memory is the peak above what the inputs take. Logits have label size unless --stride is given.
 Shapes: B batch, N classes, K bits, H W pixels, C candidates.
@@ -43,7 +44,7 @@ OPERATIONS = ("scores", "pseudo_label", "loss")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in its own process
-    parser.add_argument("what", choices=("coding", "codebook", "step"))
+    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest"))
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to")
     parser.add_argument("--batch", type=int, default=2, help="images, default 2")
     parser.add_argument("--classes", type=int, default=19, help="default 19")
@@ -53,6 +54,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts; default 3")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, default as torch has them")
+    parser.add_argument("--images", type=int, default=1024, help="ingest: number of images, default 1024")
+    parser.add_argument("--seconds", type=float, default=10, help="ingest: seconds of a measurement, default 10")
+    parser.add_argument("--s3", action="store_true", help="ingest: from an S3 server started here (moto)")
+    parser.add_argument("--folder", help="ingest: folder for the images (default: one under the temporary folder)")
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    parser.add_argument("--endpoint", help=argparse.SUPPRESS)
     parser.add_argument("--encoder", default="mit_b5", help="step: default mit_b5")
     parser.add_argument("--head", default="daformer", help="step: default daformer")
     return parser.parse_args(arguments)
@@ -273,6 +280,14 @@ def main() -> int:
     args = parse()
     if args.case is None and args.what == "codebook":
         rows = codebook_rows()
+    elif args.what == "ingest":
+        import benchmark_ingest
+
+        args.threads = args.threads or 1
+        if args.case is not None:
+            print(json.dumps(benchmark_ingest.case(args.case, args)), flush=True)
+            os._exit(0)  # loaders' processes and threads need not be waited for
+        rows = benchmark_ingest.ingest_table(args)
     else:
         import torch
 
