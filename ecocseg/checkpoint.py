@@ -73,7 +73,8 @@ def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = Tru
     return build_segmenter(
         config.encoder, config.head, num_outputs, pretrained=config.pretrained if pretrained else None,
         allow_missing=config.allow_missing, channels=config.channels, dropout=config.dropout, drop_path=config.drop_path,
-        output_stride=config.output_stride, activation_checkpointing=config.activation_checkpointing)
+        output_stride=config.output_stride, in_channels=config.in_channels, siamese=config.siamese,
+        activation_checkpointing=config.activation_checkpointing)
 
 
 def build_storage(config: RunConfig) -> Storage:

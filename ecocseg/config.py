@@ -75,15 +75,19 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     encoder: str = "mit_b5"
-    """Encoder: mit_b0..mit_b5, or any timm model that gives feature maps."""
+    """Encoder: mit_b0..mit_b5, unet, or any timm model that gives feature maps (plain ViTs too)."""
     head: str = "daformer"
-    """Decoder: daformer, deeplabv2, segformer, deeplabv3plus, or smp:<Architecture>."""
+    """Decoder: daformer, deeplabv2, segformer, deeplabv3plus, pspnet, dpt, unet, or smp:<Architecture>."""
     pretrained: str | None = None
     """Encoder weights: `default` (the encoder's own from its hub), a hub name, a path or URL; null = from scratch."""
     allow_missing: tuple[str, ...] = ()
     """Patterns of encoder keys that the pretrained weights need not hold."""
-    channels: int = Field(256, ge=8)
-    """Number of channels inside the decoder."""
+    channels: int | None = Field(None, ge=8)
+    """Number of channels inside the decoder; null = the published one: 256, for dpt and pspnet by the encoder's width."""
+    in_channels: int = Field(3, ge=1)
+    """Number of channels the encoder sees; 1 = grey, the mean of an image's three."""
+    siamese: bool = False
+    """Compare two dates of a place: the decoder sees the absolute difference of their features."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Probability of dropout before the classifier."""
     drop_path: float = Field(0.0, ge=0, lt=1)

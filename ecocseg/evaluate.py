@@ -28,7 +28,8 @@ _CALIBRATION_CHUNK = 1 << 22  # values binned at a time, which bounds the memory
 
 @dataclass(frozen=True)
 class Normalize:
-    """Per-channel `(x - mean) / std` on a 0..1 scale. Takes uint8 (0..255) or float (0..1) images [..., C, H, W]."""
+    """Per-channel `(x - mean) / std` on a 0..1 scale. Takes uint8 (0..255) or float (0..1) images [..., C, H, W], or
+    several of them behind one another, as change pairs are."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet, RGB
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -45,7 +46,8 @@ class Normalize:
 
     @staticmethod
     def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
+        repeated = values * (like.shape[-3] // len(values))
+        return torch.tensor(repeated, dtype=torch.float32, device=like.device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)

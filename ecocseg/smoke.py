@@ -64,7 +64,7 @@ def _small_model(config: RunConfig, folder: str) -> dict[str, dict[str, Any]]:
     """A small encoder of the same kind; where the recipe takes pretrained weights, a file of fresh ones to load."""
     model = config.model
     encoder = next((small for start, small in SMALL.items() if model.encoder.startswith(start)), model.encoder)
-    changes: dict[str, Any] = {"encoder": encoder, "channels": min(model.channels, 32), "pretrained": None}
+    changes: dict[str, Any] = {"encoder": encoder, "channels": min(model.channels or 32, 32), "pretrained": None}
     if model.pretrained is not None:
         fresh = checkpoint.build_model(config.updated(model=changes).model, 2, pretrained=False)
         path = Path(folder) / f"{encoder}.safetensors"

@@ -18,7 +18,7 @@ from ecocseg.errors import InputError
 from ecocseg.models.segmenter import Segmenter, build_segmenter, describe, parameter_groups
 
 TINY = "mobilenetv3_small_100"
-HEADS = ["daformer", "deeplabv2", "segformer", "deeplabv3plus", "smp:Unet"]
+HEADS = ["daformer", "deeplabv2", "segformer", "deeplabv3plus", "pspnet", "unet", "dpt", "smp:Unet"]
 
 
 def tiny(encoder: str = TINY, head: str = "segformer", **options) -> Segmenter:
@@ -39,12 +39,27 @@ def test_published_size_of_daformer():
     assert "85.16 M" in describe(model) and "encoder 81.44 M" in describe(model)
 
 
-@pytest.mark.parametrize(("encoder", "outputs", "published"), [
-    ("resnet101s", 21, 59.5), ("resnet50s", 21, 40.5), ("xception65", 81, 54.7)])
-def test_published_sizes_of_unimatch(encoder, outputs, published):
+PUBLISHED = [  # encoder, head, outputs, options, millions of parameters, source
+    ("resnet101s", "deeplabv3plus", 21, {"output_stride": 16}, 59.5),  # UniMatch, VOC
+    ("resnet50s", "deeplabv3plus", 21, {"output_stride": 16}, 40.5),  # UniMatch, VOC
+    ("xception65", "deeplabv3plus", 81, {"output_stride": 16}, 54.7),  # UniMatch, COCO
+    ("resnet50s", "pspnet", 2, {"output_stride": 8, "siamese": True}, 46.7),  # UniMatch, change detection
+    ("unet", "unet", 4, {"in_channels": 1}, 1.8),  # UniMatch, cardiac slices; 1.814 here
+    ("vit_small_patch14_dinov2.lvd142m", "dpt", 21, {}, 24.8),  # UniMatch V2, DINOv2-S
+    ("vit_base_patch14_dinov2.lvd142m", "dpt", 21, {}, 97.5),  # UniMatch V2, DINOv2-B
+]
+
+
+@pytest.mark.parametrize(("encoder", "head", "outputs", "options", "published"), PUBLISHED)
+def test_published_sizes_of_unimatch(encoder, head, outputs, options, published):
     with torch.device("meta"):
-        model = build_segmenter(encoder, "deeplabv3plus", outputs, output_stride=16)
-    assert millions(model) == pytest.approx(published, abs=0.05)
+        model = build_segmenter(encoder, head, outputs, **options)
+        longer = build_segmenter(encoder, head, outputs + 10, **options)
+    # The sources give one decimal.
+    assert millions(model) == pytest.approx(published, rel=0.005, abs=0.05 if published < 10 else None)
+    last = model.decoder.classify if isinstance(model.decoder.classify, nn.Conv2d) else model.decoder.classify[-1]
+    per_output = last.weight[0].numel() + 1
+    assert round((millions(longer) - millions(model)) * 1e6) == 10 * per_output  # other outputs change the last layer alone
 
 
 def test_dacs_model_has_a_dilated_resnet_and_a_bare_head():
@@ -63,8 +78,8 @@ def test_dacs_model_has_a_dilated_resnet_and_a_bare_head():
 def test_any_size_goes_through_and_every_parameter_learns(encoder, head):
     model = tiny(encoder, head, dropout=0.0).train()
     logits, feature = model(torch.randn(2, 3, 97, 130), return_features=True)
-    stride = 1 if head.startswith("smp:") else 32 if head == "deeplabv2" else 4
-    assert logits.shape == (2, 5, math.ceil(97 / stride), math.ceil(130 / stride))
+    stride, finer = {"smp:Unet": 1, "deeplabv2": 32, "pspnet": 32}.get(head, 4), 2 if head == "dpt" else 1
+    assert logits.shape == (2, 5, finer * math.ceil(97 / stride), finer * math.ceil(130 / stride))
     assert feature.shape[2:] == (4, 5) and feature.shape[1] == model.encoder.channels[-1]
     logits.square().sum().backward()
     # A bias before a batch norm may get a gradient of zero, but never none.
@@ -75,12 +90,85 @@ def test_any_size_goes_through_and_every_parameter_learns(encoder, head):
 
 
 @pytest.mark.parametrize("encoder", ["convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224",
-                                     "hrnet_w18_small", "regnety_002"])
+                                     "hrnet_w18_small", "regnety_002", "eva02_tiny_patch14_224", "unet"])
 def test_encoders_that_need_padding_or_another_layout(encoder):
     model = tiny(encoder, "segformer").eval()
     stride = model.encoder.strides[0]
     with torch.no_grad():
         assert model(torch.randn(1, 3, 97, 130)).shape == (1, 5, math.ceil(97 / stride), math.ceil(130 / stride))
+
+
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2.lvd142m", "vit_small_patch16_dinov3",
+                                     "vit_base_patch16_siglip_224", "resnet18", "mit_b0", "convnext_atto"])
+def test_dpt_on_plain_and_hierarchical_encoders(encoder):
+    model = tiny(encoder, "dpt", drop_path=0.0 if encoder == "resnet18" else 0.1).train()
+    patch = model.encoder.strides[0] if len(set(model.encoder.strides)) == 1 else None
+    size = (3 * patch, 5 * patch) if patch else (64, 96)
+    logits, feature = model(torch.randn(2, 3, *size), return_features=True)
+    assert logits.shape == ((2, 5, 24, 40) if patch else (2, 5, 32, 48))
+    assert feature.shape[1:] == ((model.encoder.channels[-1], 3, 5) if patch else (model.encoder.channels[-1], 2, 3))
+    assert len(model.encode(torch.randn(2, 3, 33, 50))) == 4 == len(model.feature_dropout_levels)
+    logits.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []  # none for DDP to wait for
+
+
+def test_maps_of_a_vit_are_its_normalised_tokens():
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    model = tiny("vit_tiny_patch16_224", "dpt").eval()
+    model.encoder.net.load_state_dict(net.state_dict(), strict=False)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        tokens = net.forward_features(image)[:, 1:]  # normalised, without the class token
+        maps = model.encode(image)
+        x = net.pos_drop(net._pos_embed(net.patch_embed(image)))
+        for block in net.blocks[:6]:
+            x = block(x)
+    torch.testing.assert_close(maps[3].flatten(2).transpose(1, 2), tokens)
+    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), net.norm(x)[:, 1:])
+
+
+def test_a_vits_weights_load_and_its_head_is_left_out(tmp_path):
+    donor = timm.create_model("vit_tiny_patch16_224").state_dict()
+    torch.save(donor, tmp_path / "vit.pth")
+    model = tiny("vit_tiny_patch16_224", "dpt", pretrained=str(tmp_path / "vit.pth"))
+    assert torch.equal(model.encoder.net.norm.weight, donor["norm.weight"])
+    assert torch.equal(model.encoder.net.pos_embed, donor["pos_embed"]) and "head.weight" in model.weights_note
+
+
+def test_psp_pools_parts_of_the_image():
+    model = tiny("resnet18", "pspnet").eval()
+    features = torch.randn(2, 512, 12, 12)
+    pool = model.decoder.pools[2]
+    parts = features.view(2, 512, 3, 4, 3, 4).mean((3, 5))
+    with torch.no_grad():
+        wanted = torch.nn.functional.interpolate(pool.project(parts), (12, 12), mode="bilinear", align_corners=True)
+        torch.testing.assert_close(pool(features), wanted)
+    model.train()
+    with pytest.raises(InputError, match="two images"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_unet_takes_grey_images_as_they_are_or_as_three_equal_channels():
+    model = tiny("unet", "unet", in_channels=1).eval()
+    grey = torch.randn(1, 1, 40, 56)
+    with torch.no_grad():
+        logits = model(grey)
+        assert logits.shape == (1, 5, 40, 56) and [m.shape[1] for m in model.encode(grey)] == [16, 32, 64, 128, 256]
+        torch.testing.assert_close(model(grey.expand(-1, 3, -1, -1)), logits)
+
+
+@pytest.mark.parametrize(("encoder", "head"), [("resnet18", "pspnet"), ("resnet18", "deeplabv3plus"), ("unet", "unet"),
+                                               ("mit_b0", "smp:Unet")])
+def test_siamese_compares_two_dates(encoder, head):
+    model, plain = tiny(encoder, head, siamese=True).eval(), tiny(encoder, head).eval()
+    before, after = torch.randn(2, 2, 3, 70, 50)
+    pair, swapped = torch.cat([before, after], 1), torch.cat([after, before], 1)
+    with torch.no_grad():
+        maps = [(a - b).abs() for a, b in zip(plain.encode(before), plain.encode(after), strict=True)]
+        torch.testing.assert_close(model(pair), plain.decode(maps, (70, 50)))
+        torch.testing.assert_close(model(pair), model(swapped))
+        assert not model.encode(torch.cat([before, before], 1))[-1].any()
 
 
 def test_padding_leaves_the_logits_where_they_were():
@@ -105,7 +193,8 @@ def test_encode_then_decode_is_forward(head):
 
 
 @pytest.mark.parametrize(("head", "levels"), [
-    ("deeplabv3plus", (0, 3)), ("deeplabv2", (3,)), ("daformer", (0, 1, 2, 3)), ("smp:Unet", (1, 2, 3, 4, 5))])
+    ("deeplabv3plus", (0, 3)), ("deeplabv2", (3,)), ("daformer", (0, 1, 2, 3)), ("smp:Unet", (1, 2, 3, 4, 5)),
+    ("pspnet", (3,)), ("unet", (0, 1, 2, 3)), ("dpt", (0, 1, 2, 3))])
 def test_levels_of_feature_dropout_are_those_the_decoder_reads(head, levels):
     model = tiny("resnet18", head).eval()
     assert model.feature_dropout_levels == levels
@@ -141,11 +230,11 @@ def test_one_image_in_training_is_refused_by_the_pooled_branch():
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5, 16, 16)
 
 
-@pytest.mark.parametrize("encoder", ["mit_b0", "resnet18", "resnet18d", "convnext_atto"])
+@pytest.mark.parametrize("encoder", ["mit_b0", "resnet18", "resnet18d", "convnext_atto", "vit_tiny_patch16_224", "unet"])
 def test_recomputed_activations_change_nothing_but_memory(encoder):
     image, results = torch.randn(2, 3, 64, 64), []
     for recompute in (False, True):
-        model = tiny(encoder, drop_path=0.3, activation_checkpointing=recompute).train()
+        model = tiny(encoder, drop_path=0.0 if encoder == "unet" else 0.3, activation_checkpointing=recompute).train()
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             torch.manual_seed(1)
@@ -190,6 +279,9 @@ def test_a_copy_shares_nothing_and_agrees():
     ({"encoder": "mit_b0", "output_stride": 8}, "stride 32"),
     ({"encoder": "swin_tiny_patch4_window7_224", "output_stride": 8}, "output_stride"),
     ({"output_stride": 7}, "8, 16 or 32"),
+    ({"encoder": "unet", "head": "unet", "drop_path": 0.1}, "unet has neither"),
+    ({"encoder": "unet", "head": "dpt"}, "four feature maps, and the encoder gives 5"),
+    ({"encoder": "vit_tiny_patch16_224", "output_stride": 8}, "its patch as its only stride"),
     ({"activation_checkpointing": True}, "activation_checkpointing"),
 ])
 def test_bad_requests_name_the_key_and_the_remedy(options, message):

@@ -1,4 +1,4 @@
-"""Encoders by name: timm's feature extractors, MiT-B0..B5 and, for the `smp:` gate, any of segmentation_models_pytorch.
+"""Encoders by name: timm's models, MiT-B0..B5, a small U-Net's and, for the `smp:` gate, any of segmentation_models_pytorch.
 
 Each gives a list of feature maps, finest first, and says their channels and strides.
 
@@ -15,6 +15,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,12 +24,17 @@ from torch.utils.checkpoint import checkpoint
 from ecocseg.errors import InputError
 
 MIT_NAMES = tuple(f"mit_b{i}" for i in range(6))
+UNET = "unet"
+# timm families of plain ViTs: one patch grid from the first block to the last. DINOv2 is of the first, DINOv3 of the second.
+_PLAIN_VIT = ("vision_transformer", "eva")
+# Blocks whose outputs are feature maps, by depth, where they are not the last of each quarter: ViT-L of DPT and DINOv2.
+_VIT_LEVELS = {24: (4, 11, 17, 23)}
 # timm families whose maps have ceil(size / stride) cells whatever the size; all others get padded images.
 _ANY_SIZE = ("resnet", "mobilenetv3", "efficientnet", "regnet", "xception_aligned")
 # What frees a timm family from the image size it was pretrained at.
 _FREE_SIZE: dict[str, dict[str, Any]] = {
-    "vision_transformer": {"dynamic_img_size": True},
-    "eva": {"dynamic_img_size": True},
+    **{family: {"dynamic_img_size": True} for family in _PLAIN_VIT},
+    "deit": {"dynamic_img_size": True},
     "swin_transformer": {"strict_img_size": False},
     "swin_transformer_v2": {"strict_img_size": False},
 }
@@ -124,6 +130,55 @@ class TimmEncoder(Encoder):
         return maps
 
 
+class VitEncoder(Encoder):
+    """A plain ViT of timm: the patch tokens of four blocks, after its last norm, as maps [B, C, h, w] of one stride.
+
+    The blocks are the last of each quarter (2 5 8 11 of 12), as UniMatch V2 takes them of DINOv2. Images of any multiple
+    of the patch are taken; learned position embeddings are interpolated.
+    """
+
+    def __init__(self, name: str, family: str, in_channels: int, drop_path: float, recompute: bool) -> None:
+        options = {**_FREE_SIZE[family], **({"drop_path_rate": drop_path} if drop_path > 0 else {})}
+        # Without pooling every ViT ends with the norm that was trained on its tokens, or with one of that name.
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", in_chans=in_channels, **options)
+        depth, patch = len(net.blocks), max(net.patch_embed.patch_size)
+        self.levels = _VIT_LEVELS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)))
+        super().__init__(net, [net.embed_dim] * 4, [patch] * 4, divisor=patch)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.net.set_grad_checkpointing(self.recompute and self.training)
+        return self.net.forward_intermediates(x, indices=list(self.levels), norm=True, intermediates_only=True)
+
+
+class UnetEncoder(Encoder):
+    """The left side of the 2-D U-Net that UniMatch and others train on cardiac slices: five maps at strides 1 to 16."""
+
+    widths = (16, 32, 64, 128, 256)
+    dropouts = (0.05, 0.1, 0.2, 0.3, 0.5)
+
+    def __init__(self, in_channels: int, recompute: bool) -> None:
+        inputs = (in_channels, *self.widths)
+        net = nn.ModuleList(double_conv(*sizes) for sizes in zip(inputs, self.widths, self.dropouts, strict=False))
+        super().__init__(net, self.widths, (1, 2, 4, 8, 16), divisor=16)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = []
+        for level, block in enumerate(self.net):
+            x = F.max_pool2d(x, 2) if level > 0 else x
+            x = recomputed(block, x) if self.recompute and self.training else block(x)
+            maps.append(x)
+        return maps
+
+
+def double_conv(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
+    """A U-Net's block: two 3x3 convolutions, each with batch norm and leaky ReLU, dropout between. The size stays."""
+    def half(inputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU()]
+    return nn.Sequential(*half(inputs), nn.Dropout(dropout), *half(outputs))
+
+
 class SmpEncoder(Encoder):
     """The encoder of a segmentation_models_pytorch model; its first map is the image itself."""
 
@@ -145,8 +200,17 @@ def build_encoder(name: str, *, in_channels: int = 3, drop_path: float = 0.0, ou
         if output_stride not in (None, 32):
             raise InputError(f"model.output_stride: {name} ends at stride 32, not {output_stride}; leave it out")
         return MitEncoder(name, in_channels, drop_path, activation_checkpointing)
+    if name == UNET:
+        if output_stride is not None or drop_path > 0:
+            raise InputError("model.output_stride, model.drop_path: encoder unet has neither; leave them out")
+        return UnetEncoder(in_channels, activation_checkpointing)
     if not timm.is_model(name):
-        raise unknown("model.encoder", name, (*MIT_NAMES, *timm.list_models()))
+        raise unknown("model.encoder", name, (*MIT_NAMES, UNET, *timm.list_models()))
+    family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family in _PLAIN_VIT:
+        if output_stride is not None:
+            raise InputError(f"model.output_stride: '{name}' has its patch as its only stride; leave it out")
+        return VitEncoder(name, family, in_channels, drop_path, activation_checkpointing)
     return TimmEncoder(name, in_channels, drop_path, output_stride, activation_checkpointing)
 
 

@@ -28,11 +28,15 @@ GATE = "smp:"
 class Segmenter(nn.Module):
     """Encoder and decoder. Images of any size are taken: where the encoder needs a multiple of some number of pixels,
     zeros (the mean colour, after normalisation) are added at the bottom and right and their logits cut off again.
+    A model of one input channel sees the mean of an image's three.
+
+    UniMatch perturbs features between the two halves of `forward`: `decode(maps, size)` of `encode(image)`, with
+    channels of the maps at `feature_dropout_levels` dropped.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Head, num_outputs: int) -> None:
+    def __init__(self, encoder: Encoder, decoder: Head, num_outputs: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.num_outputs = encoder, decoder, num_outputs
+        self.encoder, self.decoder, self.num_outputs, self.in_channels = encoder, decoder, num_outputs, in_channels
         self.weights_note = "from scratch"
 
     @property
@@ -52,9 +56,11 @@ class Segmenter(nn.Module):
         return (logits_BKhw, maps[-1]) if return_features else logits_BKhw
 
     def encode(self, image_B3HW: Tensor) -> list[Tensor]:
-        """Feature maps, finest first, of the image (padded, if the encoder needs that)."""
+        """Feature maps, finest first, of the image (padded, if the encoder needs that); those that `decode` reads."""
         height, width = image_B3HW.shape[-2:]
         padded = self.encoder.padded_size(height, width)
+        if self.in_channels == 1 and image_B3HW.shape[1] == 3:
+            image_B3HW = image_B3HW.mean(1, keepdim=True)
         if padded != (height, width):
             image_B3HW = F.pad(image_B3HW, (0, padded[1] - width, 0, padded[0] - height))
         return self.encoder(image_B3HW)
@@ -66,6 +72,16 @@ class Segmenter(nn.Module):
         rows, columns = (-(-side * cells // whole) for side, cells, whole
                          in zip(size, logits_BKhw.shape[-2:], padded, strict=True))
         return logits_BKhw[..., :rows, :columns]
+
+
+class SiameseSegmenter(Segmenter):
+    """Two dates of one place through one encoder, the decoder on the absolute difference of their features, as UniMatch
+    detects change (Daudt et al., ICIP 2018). An image is the two dates behind one another: [B, 6, H, W]."""
+
+    def encode(self, image_B6HW: Tensor) -> list[Tensor]:
+        """|f1 - f2| of the two dates' feature maps, finest first. Each date is normalised by statistics of its own."""
+        before, after = (super(SiameseSegmenter, self).encode(date) for date in image_B6HW.chunk(2, dim=1))
+        return [(a - b).abs() for a, b in zip(before, after, strict=True)]
 
 
 class SmpDecoder(Head):
@@ -81,25 +97,29 @@ class SmpDecoder(Head):
 
 
 def build_segmenter(encoder: str, head: str, num_outputs: int, *, pretrained: str | None = None,
-                    allow_missing: Sequence[str] = (), channels: int = 256, dropout: float = 0.1,
+                    allow_missing: Sequence[str] = (), channels: int | None = None, dropout: float = 0.1,
                     output_stride: int | None = None, in_channels: int = 3, drop_path: float = 0.0,
-                    activation_checkpointing: bool = False, storage: Storage | None = None) -> Segmenter:
+                    activation_checkpointing: bool = False, siamese: bool = False,
+                    storage: Storage | None = None) -> Segmenter:
     """A segmenter with `num_outputs` (K) logits per pixel.
 
-    `encoder` is mit_b0..mit_b5 or a timm name; `head` one of `HEADS`, or `smp:<Architecture>`, which takes the encoder
-    names of segmentation_models_pytorch (and timm's) and its own decoder settings (`channels` and `dropout` are
-    without effect). `pretrained` is explained at `weights.load_encoder_weights`. Names and options that do not exist
-    raise `InputError`.
+    `encoder` is mit_b0..mit_b5, unet or a timm name; `head` one of `HEADS`, or `smp:<Architecture>`, which takes the
+    encoder names of segmentation_models_pytorch (and timm's) and its own decoder settings (`channels` and `dropout` are
+    without effect). `channels` None is the head's own number. `siamese` compares two dates, [B, 2 * in_channels, H, W].
+    `pretrained` is explained at `weights.load_encoder_weights`. Names and options that do not exist raise `InputError`.
     """
+    kind = SiameseSegmenter if siamese else Segmenter
     if head.startswith(GATE):
         if activation_checkpointing:
             raise InputError("model.activation_checkpointing: smp: heads do not have it; set it to false")
-        model = _through_gate(head.removeprefix(GATE), encoder, num_outputs, output_stride, in_channels, drop_path)
+        model = kind(*_through_gate(head.removeprefix(GATE), encoder, num_outputs, output_stride, in_channels, drop_path),
+                     num_outputs, in_channels)
     elif head in HEADS:
         net = build_encoder(encoder, in_channels=in_channels, drop_path=drop_path, output_stride=output_stride,
                             activation_checkpointing=activation_checkpointing)
+        channels = HEADS[head].default_channels(net.channels) if channels is None else channels
         decoder = HEADS[head](net.channels, net.strides, num_outputs, channels, dropout)
-        model = Segmenter(net, decoder, num_outputs)
+        model = kind(net, decoder, num_outputs, in_channels)
     else:
         raise unknown("model.head", head, (*HEADS, *(GATE + name for name in _architectures())))
     if pretrained is not None:
@@ -112,7 +132,7 @@ def _architectures() -> dict[str, Any]:
 
 
 def _through_gate(architecture: str, encoder: str, num_outputs: int, output_stride: int | None, in_channels: int,
-                  drop_path: float) -> Segmenter:
+                  drop_path: float) -> tuple[Encoder, Head]:
     known = _architectures()
     name = next((k for k in known if k.lower() == architecture.lower()), None)
     if name is None:
@@ -135,7 +155,7 @@ def _through_gate(architecture: str, encoder: str, num_outputs: int, output_stri
         model.encoder.reset_drop_path(drop_path)
     elif drop_path > 0:
         raise InputError(f"model.drop_path: {GATE}{name} with '{encoder}' has none; set it to 0")
-    return Segmenter(SmpEncoder(model.encoder), SmpDecoder(model, len(model.encoder.out_channels)), num_outputs)
+    return SmpEncoder(model.encoder), SmpDecoder(model, len(model.encoder.out_channels))
 
 
 def describe(model: Segmenter) -> str:
