@@ -74,6 +74,7 @@ def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = Tru
         config.encoder, config.head, num_outputs, pretrained=config.pretrained if pretrained else None,
         allow_missing=config.allow_missing, channels=config.channels, dropout=config.dropout, drop_path=config.drop_path,
         output_stride=config.output_stride, in_channels=config.in_channels, siamese=config.siamese,
+        detail_crop=config.detail_crop, detail_weight=config.detail_weight,
         activation_checkpointing=config.activation_checkpointing)
 
 

@@ -77,7 +77,7 @@ class ModelConfig(Section):
     encoder: str = "mit_b5"
     """Encoder: mit_b0..mit_b5, unet, or any timm model that gives feature maps (plain ViTs too)."""
     head: str = "daformer"
-    """Decoder: daformer, deeplabv2, segformer, deeplabv3plus, pspnet, dpt, unet, or smp:<Architecture>."""
+    """Decoder: daformer, deeplabv2, segformer, deeplabv3plus, pspnet, dpt, unet, hrda, or smp:<Architecture>."""
     pretrained: str | None = None
     """Encoder weights: `default` (the encoder's own from its hub), a hub name, a path or URL; null = from scratch."""
     allow_missing: tuple[str, ...] = ()
@@ -88,6 +88,10 @@ class ModelConfig(Section):
     """Number of channels the encoder sees; 1 = grey, the mean of an image's three."""
     siamese: bool = False
     """Compare two dates of a place: the decoder sees the absolute difference of their features."""
+    detail_crop: Size | None = None
+    """Pixels (height, width) of the part of a crop that head hrda sees at full size; null = half the crop. HRDA 512, 512."""
+    detail_weight: float = Field(0.1, ge=0, le=1)
+    """Share of the loss on that part alone in the loss of head hrda. HRDA 0.1."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Probability of dropout before the classifier."""
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -388,6 +392,9 @@ def _conflicts(config: RunConfig) -> list[str]:
     if config.method.ignore_top + config.method.ignore_bottom >= config.data.crop[0]:
         problems.append(f"method.ignore_top + method.ignore_bottom: {config.method.ignore_top + config.method.ignore_bottom} "
                         f"rows leave nothing of data.crop's {config.data.crop[0]}")
+    if config.model.head == "hrda" and config.method.kind not in ("supervised", "self_training", "mic"):
+        problems.append(f"model.head: hrda has no one set of features for method.kind={config.method.kind} to perturb; use it "
+                        "with supervised, self_training or mic, or choose daformer")
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         problems.append("data.mean, data.std: one number for each of the 3 channels")
     if config.optim.warmup_steps >= config.train.steps:

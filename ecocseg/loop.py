@@ -176,6 +176,7 @@ class Session:
         self.engine.set_lr(schedule(self.config.optim, self.config.train.steps, step))
         draw = self.config.train.panels_every > 0 and (step + 1) % self.config.train.panels_every == 0
         for number, (one, other) in enumerate(zip(labeled, unlabeled, strict=True)):
+            self.model.begin_step(random_generator(seed, step, 8))  # for all workers and micro-batches the same
             given = StepInput(step, seed, one, other, self.engine, self.teacher, self.engine.autocast, divisor,
                               pictures={} if draw and number == 0 and self.world.rank == 0 else None)
             parts = self.method.parts(given)
@@ -203,7 +204,7 @@ class Session:
         means = self.world.sum(means) / self.world.size
         scalars = dict(zip(names, means.tolist(), strict=True))  # .tolist() is the sync point
         self.history.clear()
-        loss = sum(value for name, value in scalars.items() if name in ("loss/labeled", "loss/mixed"))
+        loss = sum(value for name, value in scalars.items() if name.startswith("loss/"))
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower optim.lr or set optim.gradient_clipping; "
                                      "the last checkpoint is from before")

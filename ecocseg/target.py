@@ -44,6 +44,14 @@ class Target:
         values["metrics"] = {name: value.to(device) for name, value in self.metrics.items()}
         return Target(**values)
 
+    def cropped(self, rows: slice, columns: slice) -> Target:
+        """The part of it at these rows and columns; its metrics stay those of the whole."""
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            values[item.name] = value[..., rows, columns] if isinstance(value, Tensor) else value
+        return Target(**values)
+
     def dense_bits(self, num_bits: int) -> Tensor:
         """Target bits bool [B, K, H, W]; False at ignored pixels."""
         if self.bits is None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from ecocseg.config import MethodConfig
 from ecocseg.data.pipeline import Batch
 from ecocseg.evaluate import Normalize
+from ecocseg.models.hrda import TwoScaleLogits, two_scale_loss
+from ecocseg.target import Target
 from ecocseg.teacher import Teacher
 
 Part = Callable[[], Tensor]
@@ -50,6 +52,18 @@ class Method:
     def parts(self, given: StepInput) -> list[Part]:
         """The losses of this step, in order. Each builds its own graph when called."""
         raise NotImplementedError
+
+    def loss(self, output: Tensor | TwoScaleLogits, target: Target, *, average: str = "all",
+             normalizer: Tensor | None = None) -> dict[str, Tensor]:
+        """The coding's loss terms of what the student gave, be it logits [B, K, h, w] or those of two scales."""
+        if isinstance(output, TwoScaleLogits):
+            return two_scale_loss(self.coding, output, target, average=average, normalizer=normalizer)
+        return self.coding.loss(output, target, average=average, normalizer=normalizer)
+
+
+def main_logits(output: Tensor | TwoScaleLogits) -> Tensor:
+    """The student's prediction of the whole image, without graph. Shape: [B, K, h, w]."""
+    return (output.fused if isinstance(output, TwoScaleLogits) else output).detach()
 
 
 def random_generator(*numbers: int) -> torch.Generator:

@@ -8,13 +8,16 @@ Shapes: B batch, N classes, K outputs, H W pixels, h w cells of the decoder or e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ecocseg.coding import Target
 from ecocseg.data import mixing
-from ecocseg.methods.base import Part, StepInput, random_generator
+from ecocseg.methods.base import Part, StepInput, main_logits, random_generator
 from ecocseg.methods.supervised import Supervised
 
 MIX, COLOUR = 1, 2  # separate random streams of one step
@@ -26,16 +29,20 @@ class SelfTraining(Supervised):
 
     def parts(self, given: StepInput) -> list[Part]:
         source = self.source_loss if self.config.feature_distance > 0 else self.labeled_loss
-        return [lambda: source(given), lambda: self.mixed_loss(given)]
+        return [lambda: source(given), *self.target_parts(given, cache(lambda: self.pseudo_label(given)))]
+
+    def target_parts(self, given: StepInput, pseudo: Callable[[], Target]) -> list[Part]:
+        """The losses with unlabelled images; `pseudo` gives the teacher's labels, made when first asked for."""
+        return [lambda: self.mixed_loss(given, pseudo())]
 
     def source_loss(self, given: StepInput) -> Tensor:
         """Loss of the source images plus the thing-class feature distance. Shape: scalar."""
         batch = given.labeled
         assert batch.labels is not None and self.pretrained_encoder is not None
         image = self.normalize(batch.image)
-        logits_BKhw, feature_BChw = given.student(image, return_features=True)
-        terms = self.coding.loss(logits_BKhw, self.coding.encode(batch.labels), average=self.config.average,
-                                 normalizer=given.divisor)
+        output, feature_BChw = given.student(image, return_features=True)
+        terms = self.loss(output, self.coding.encode(batch.labels), average=self.config.average,
+                          normalizer=given.divisor)
         with torch.no_grad():
             pretrained_BChw = self.pretrained_encoder(image)
         distance = feature_distance(feature_BChw, pretrained_BChw, batch.labels, self.config.feature_distance_classes,
@@ -43,11 +50,10 @@ class SelfTraining(Supervised):
         given.metrics.update({"loss/labeled": terms["loss"].detach(), "loss/feature_distance": distance.detach()})
         return terms["loss"] + self.config.feature_distance * distance
 
-    def mixed_loss(self, given: StepInput) -> Tensor:
+    def mixed_loss(self, given: StepInput, pseudo: Target) -> Tensor:
         """Loss of the target images with source classes pasted on. Shape: scalar."""
         source, unlabeled = given.labeled, given.unlabeled
         assert unlabeled is not None and source.labels is not None
-        pseudo = self.pseudo_label(given)
         number = min(len(source.image), len(unlabeled.image))
         generators = [random_generator(given.seed, given.step, MIX, int(p)) for p in source.positions[:number]]
         labels_BHW = source.labels[:number]
@@ -57,13 +63,13 @@ class SelfTraining(Supervised):
         partner = torch.arange(len(unlabeled.image), device=mask_BHW.device) % len(source.image)
         image_B3HW = torch.where(mask_BHW[:, None], source.image[partner], unlabeled.image)
         mixed = mixing.mix(self.coding.encode(source.labels[partner]), pseudo, mask_BHW)
-        strong_B3HW = self.colour(image_B3HW.float() / 255, given)
-        logits_BKhw = given.student(self.normalize(strong_B3HW))
-        terms = self.coding.loss(logits_BKhw, mixed, average="all")
+        strong_B3HW = self.colour(image_B3HW.float() / 255, given, COLOUR)
+        output = given.student(self.normalize(strong_B3HW))
+        terms = self.loss(output, mixed)
         given.metrics["loss/mixed"] = terms["loss"].detach()
         if given.pictures is not None:
             given.pictures.update(unlabeled_image=unlabeled.image, pseudo=pseudo, mixed_image=strong_B3HW,
-                                  mixed_labels=mixed.labels, mixed_logits=logits_BKhw.detach())
+                                  mixed_labels=mixed.labels, mixed_logits=main_logits(output))
         return self.config.mixed_weight * terms["loss"]
 
     @torch.no_grad()
@@ -97,9 +103,9 @@ class SelfTraining(Supervised):
             weight_BHW[:, -self.config.ignore_bottom:] = 0
         return weight_BHW
 
-    def colour(self, image_B3HW: Tensor, given: StepInput) -> Tensor:
-        """Colour jitter and blur of images in [0, 1]; one draw a step, the same on every worker."""
-        generator = random_generator(given.seed, given.step, COLOUR)
+    def colour(self, image_B3HW: Tensor, given: StepInput, stream: int) -> Tensor:
+        """Colour jitter and blur of images in [0, 1]; one draw a step and random stream, the same on every worker."""
+        generator = random_generator(given.seed, given.step, stream)
         jitter, blur, sigma = torch.rand(3, generator=generator).tolist()
         if jitter < self.config.jitter_probability:
             s = self.config.jitter

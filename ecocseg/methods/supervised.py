@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ecocseg.methods.base import Method, Part, StepInput
+from ecocseg.methods.base import Method, Part, StepInput, main_logits
 
 
 class Supervised(Method):
@@ -16,11 +16,11 @@ class Supervised(Method):
         batch = given.labeled
         assert batch.labels is not None
         target = self.coding.encode(batch.labels)
-        logits_BKhw = given.student(self.normalize(batch.image))
-        terms = self.coding.loss(logits_BKhw, target, average=self.config.average, normalizer=given.divisor)
+        output = given.student(self.normalize(batch.image))
+        terms = self.loss(output, target, average=self.config.average, normalizer=given.divisor)
         given.metrics["loss/labeled"] = terms["loss"].detach()
         given.metrics.update({f"terms/labeled_{name}": value.detach() for name, value in terms.items() if name != "loss"})
         if given.pictures is not None:
             given.pictures.update(labeled_image=batch.image, labeled_labels=batch.labels,
-                                  labeled_logits=logits_BKhw.detach())
+                                  labeled_logits=main_logits(output))
         return terms["loss"]

@@ -105,6 +105,29 @@ class SegformerHead(Head):
         return self.classify(self.fuse(self.embed(maps)))
 
 
+class HrdaHead(Head):
+    """HRDA: DAFormer's decoder for both scales, and a lighter one for how much the detail counts, one channel per output.
+
+    Hoyer et al., ECCV 2022. `hrda.HrdaSegmenter` runs it.
+    """
+
+    feature_dropout_levels = ()
+
+    def __init__(self, inputs: Sequence[int], strides: Sequence[int], num_outputs: int, channels: int,
+                 dropout: float) -> None:
+        super().__init__()
+        self.single = DaformerHead(inputs, strides, num_outputs, channels, dropout)
+        self.attention = SegformerHead(inputs, strides, num_outputs, channels, dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits [B, K, ., .] of one scale at the stride of its finest map."""
+        return self.single(maps)
+
+    def scale_attention(self, maps: Sequence[Tensor]) -> Tensor:
+        """How much detail counts, from the context's maps, in [0, 1]. Shape: [B, K, ., .]."""
+        return self.attention(maps).sigmoid()
+
+
 class DeepLabV2Head(Head):
     """DeepLabV2 as in DACS: dilated 3x3 convolutions from the last map straight to the outputs, summed.
 
@@ -299,4 +322,5 @@ HEADS: dict[str, type[Head]] = {
     "pspnet": PspHead,
     "unet": UnetHead,
     "dpt": DptHead,
+    "hrda": HrdaHead,
 }

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecocseg.errors import InputError
 from ecocseg.models.encoders import Encoder, SmpEncoder, build_encoder, unknown
-from ecocseg.models.heads import HEADS, Head
+from ecocseg.models.heads import HEADS, Head, HrdaHead
 from ecocseg.models.weights import load_encoder_weights
 
 if TYPE_CHECKING:
@@ -55,23 +56,31 @@ class Segmenter(nn.Module):
         logits_BKhw = self.decode(maps, image_B3HW.shape[-2:])
         return (logits_BKhw, maps[-1]) if return_features else logits_BKhw
 
+    def begin_step(self, generator: torch.Generator) -> None:
+        """Where the forward passes of a training step take what they draw for themselves (HRDA its box) from."""
+
     def encode(self, image_B3HW: Tensor) -> list[Tensor]:
         """Feature maps, finest first, of the image (padded, if the encoder needs that); those that `decode` reads."""
-        height, width = image_B3HW.shape[-2:]
-        padded = self.encoder.padded_size(height, width)
         if self.in_channels == 1 and image_B3HW.shape[1] == 3:
             image_B3HW = image_B3HW.mean(1, keepdim=True)
-        if padded != (height, width):
-            image_B3HW = F.pad(image_B3HW, (0, padded[1] - width, 0, padded[0] - height))
-        return self.encoder(image_B3HW)
+        height, width = image_B3HW.shape[-2:]
+        return self.encoder(padded_to(image_B3HW, self.encoder.padded_size(height, width)))
 
     def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Logits [B, K, h, w] from `encode`'s maps; `size` is the image's (height, width) in pixels, before padding."""
-        logits_BKhw = self.decoder(maps)
-        padded = self.encoder.padded_size(size[0], size[1])
-        rows, columns = (-(-side * cells // whole) for side, cells, whole
-                         in zip(size, logits_BKhw.shape[-2:], padded, strict=True))
-        return logits_BKhw[..., :rows, :columns]
+        return trimmed(self.decoder(maps), size, self.encoder.padded_size(size[0], size[1]))
+
+
+def padded_to(image_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The image with zeros added at the bottom and right, up to (height, width)."""
+    height, width = image_BCHW.shape[-2:]
+    return image_BCHW if size == (height, width) else F.pad(image_BCHW, (0, size[1] - width, 0, size[0] - height))
+
+
+def trimmed(logits_BKhw: Tensor, size: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """The cells of a padded image's logits that an image of `size` (height, width) reaches into."""
+    rows, columns = (-(-side * cells // whole) for side, cells, whole in zip(size, logits_BKhw.shape[-2:], padded, strict=True))
+    return logits_BKhw[..., :rows, :columns]
 
 
 class SiameseSegmenter(Segmenter):
@@ -100,12 +109,14 @@ def build_segmenter(encoder: str, head: str, num_outputs: int, *, pretrained: st
                     allow_missing: Sequence[str] = (), channels: int | None = None, dropout: float = 0.1,
                     output_stride: int | None = None, in_channels: int = 3, drop_path: float = 0.0,
                     activation_checkpointing: bool = False, siamese: bool = False,
+                    detail_crop: tuple[int, int] | None = None, detail_weight: float = 0.1,
                     storage: Storage | None = None) -> Segmenter:
     """A segmenter with `num_outputs` (K) logits per pixel.
 
     `encoder` is mit_b0..mit_b5, unet or a timm name; `head` one of `HEADS`, or `smp:<Architecture>`, which takes the
     encoder names of segmentation_models_pytorch (and timm's) and its own decoder settings (`channels` and `dropout` are
-    without effect). `channels` None is the head's own number. `siamese` compares two dates, [B, 2 * in_channels, H, W].
+    without effect), or `hrda` with its `detail_crop` and `detail_weight` (see `hrda.HrdaSegmenter`). `channels` None is
+    the head's own number. `siamese` compares two dates, [B, 2 * in_channels, H, W].
     `pretrained` is explained at `weights.load_encoder_weights`. Names and options that do not exist raise `InputError`.
     """
     kind = SiameseSegmenter if siamese else Segmenter
@@ -119,7 +130,14 @@ def build_segmenter(encoder: str, head: str, num_outputs: int, *, pretrained: st
                             activation_checkpointing=activation_checkpointing)
         channels = HEADS[head].default_channels(net.channels) if channels is None else channels
         decoder = HEADS[head](net.channels, net.strides, num_outputs, channels, dropout)
-        model = kind(net, decoder, num_outputs, in_channels)
+        if isinstance(decoder, HrdaHead):
+            from ecocseg.models.hrda import HrdaSegmenter  # is a Segmenter, which this file has to define first
+
+            if siamese:
+                raise InputError("model.siamese: hrda cannot compare two dates; choose another model.head")
+            model = HrdaSegmenter(net, decoder, num_outputs, in_channels, detail_crop, detail_weight)
+        else:
+            model = kind(net, decoder, num_outputs, in_channels)
     else:
         raise unknown("model.head", head, (*HEADS, *(GATE + name for name in _architectures())))
     if pretrained is not None:
