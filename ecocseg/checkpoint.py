@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def build_codebook(config: CodingConfig, classes: ClassList) -> Codebook | None:
     if spec.kind == "text":
         return codebook.text(classes.names, spec.length, spec.embeddings)
     make = codebook.max_min if spec.kind == "max_min" else codebook.random
-    return make(classes.num_classes, spec.length, spec.seed)
+    return replace(make(classes.num_classes, spec.length, spec.seed), class_names=classes.names)
 
 
 def build_coding(config: CodingConfig, book: Codebook | None, num_classes: int) -> Coding:
@@ -69,13 +69,13 @@ def build_coding(config: CodingConfig, book: Codebook | None, num_classes: int) 
                       label_form=config.label_form, max_candidates=config.max_candidates)
 
 
-def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = True) -> Segmenter:
+def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = True, storage: Storage | None = None) -> Segmenter:
     return build_segmenter(
         config.encoder, config.head, num_outputs, pretrained=config.pretrained if pretrained else None,
         allow_missing=config.allow_missing, channels=config.channels, dropout=config.dropout, drop_path=config.drop_path,
         output_stride=config.output_stride, in_channels=config.in_channels, siamese=config.siamese,
         detail_crop=config.detail_crop, detail_weight=config.detail_weight,
-        activation_checkpointing=config.activation_checkpointing)
+        activation_checkpointing=config.activation_checkpointing, storage=storage)
 
 
 def build_storage(config: RunConfig) -> Storage:

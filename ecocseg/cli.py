@@ -120,7 +120,8 @@ def task_lines(config: RunConfig, classes: ClassList, forward: bool) -> list[str
     book = checkpoint.build_codebook(config.coding, classes)
     coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
     with torch.device("cpu" if forward else "meta"):
-        model = checkpoint.build_model(config.model, coding.num_outputs, pretrained=forward).eval()
+        model = checkpoint.build_model(config.model, coding.num_outputs, pretrained=forward,
+                                       storage=checkpoint.build_storage(config)).eval()
     size = sum(p.numel() for p in model.parameters()) / 1e6
     shape = ""
     if forward:

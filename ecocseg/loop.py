@@ -85,7 +85,7 @@ class Session:
         self.coding = checkpoint.build_coding(config.coding, self.book, self.classes.num_classes)
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.spec = checkpoint.build_spec(config)
-        model: nn.Module = checkpoint.build_model(config.model, self.coding.num_outputs).to(world.device)
+        model: nn.Module = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage).to(world.device)
         if config.engine.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.engine.sync_batch_norm and world.device.type == "cuda":
@@ -93,7 +93,8 @@ class Session:
         self.model: Any = model
         pretrained = None
         if config.method.feature_distance > 0:
-            frozen = checkpoint.build_model(config.model, self.coding.num_outputs).to(world.device).eval().requires_grad_(False)
+            frozen = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage)
+            frozen.to(world.device).eval().requires_grad_(False)
             pretrained = lambda image: frozen.encode(image)[-1]  # noqa: E731
         kind = METHODS[config.method.kind]
         self.method = kind(config.method, self.coding, self.normalize, pretrained)

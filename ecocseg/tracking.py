@@ -136,7 +136,7 @@ class ProgressDisplay:
     """The run's one progress display, for the process whose output a person reads.
 
     `update` takes plain records, any subset of: `step`, `total`, `rate` (steps/s), `eta` (s), `phase` (text), `loss`
-    and `loss/<part>`, `confident_share`, `bits_corrected`, `data_wait_share`, `miou` (fractions), the last four with
+    and `loss/<part>`, `confident_share`, `corrected_bits`, `data_wait_share`, `miou` (fractions), the last four with
     any `prefix/` and `miou` also as `miou/<which>`; `time/steps_per_second` takes the place of `rate`. Other keys are
     not shown. A value stays until its next one comes. A record of `kind` `message` is printed as its `text`,
     `checkpoint` as its `url`; `final` is left to the caller. On a terminal it is a live panel; otherwise one line per
@@ -242,7 +242,7 @@ def _progress_parts(state: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-_SHARES = {"confident_share": "confident", "bits_corrected": "bits corrected", "data_wait_share": "waiting for data"}
+_SHARES = {"confident_share": "confident", "corrected_bits": "bits corrected", "data_wait_share": "waiting for data"}
 
 
 def _metric_parts(state: Mapping[str, Any]) -> list[str]:

@@ -120,7 +120,7 @@ def test_a_line_says_everything_in_plain_words():
     shown.update({
         "phase": "self-training", "step": 150, "total": 600, "rate": 3.0, "eta": 3725.0, "loss/mixed": 0.25,
         "loss": 1.25,
-        "pseudo/confident_share": 0.43, "pseudo/bits_corrected": 0.021, "data_wait_share": 0.005, "miou/student": 0.5,
+        "pseudo/confident_share": 0.43, "pseudo/corrected_bits": 0.021, "data_wait_share": 0.005, "miou/student": 0.5,
         "optim/lr": 0.1,
     })  # fmt: skip
     assert stream.getvalue() == (
