@@ -136,16 +136,16 @@ class Engine:
 
     def optimizer_state(self) -> OptimizerState:
         """Whole optimiser state by parameter name, whatever the number of workers; a collective, same on every rank."""
-        return {name: {key: value.detach().cpu().clone() for key, value in self.optimizer.state[p].items()
-                       if torch.is_tensor(value)}
+        return {name: {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                       for key, value in self.optimizer.state[p].items() if torch.is_tensor(value)}
                 for name, p in self.model.named_parameters() if self.optimizer.state.get(p)}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Put back what `optimizer_state` gave, on any number of workers; the model's weights are loaded before."""
         for name, p in self.model.named_parameters():
             if name in state:
-                # AdamW keeps its step counter on the CPU unless it is fused.
-                self.optimizer.state[p] = {key: value.clone() if value.ndim == 0 else value.to(p.device, copy=True)
+                # AdamW keeps its step counter on the CPU unless it is fused; averages lie in memory as their weight does.
+                self.optimizer.state[p] = {key: value.clone() if value.ndim == 0 else torch.empty_like(p).copy_(value)
                                            for key, value in state[name].items()}
 
 

@@ -44,7 +44,8 @@ def newest(run: Path) -> checkpoint.Snapshot:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"coding__kind": "one_hot"}, {"method__kind": "supervised"}, {"optim__kind": "sgd", "train__micro_batch": 2}])
+    {}, {"coding__kind": "one_hot", "engine__channels_last": True}, {"method__kind": "supervised"},
+    {"optim__kind": "sgd", "train__micro_batch": 2}])
 def test_ten_steps_equal_five_a_new_start_and_five(tiny: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = tiny_config(tiny, tmp_path / "a", **changes)
     train(whole)
