@@ -62,11 +62,12 @@ def build_codebook(config: CodingConfig, classes: ClassList) -> Codebook | None:
 
 def build_coding(config: CodingConfig, book: Codebook | None, num_classes: int) -> Coding:
     if book is None:
-        return OneHotCoding(num_classes)
+        return OneHotCoding(num_classes, align_corners=config.align_corners)
     return EcocCoding(book, reliability=config.reliability, distance_weight=config.distance_weight,
                       contrast_weight=config.contrast_weight, temperature=config.temperature,
                       bce_weight=config.bce_weight, contrast_negatives=config.contrast_negatives,
-                      label_form=config.label_form, max_candidates=config.max_candidates)
+                      label_form=config.label_form, max_candidates=config.max_candidates,
+                      align_corners=config.align_corners)
 
 
 def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = True, storage: Storage | None = None) -> Segmenter:
@@ -86,7 +87,7 @@ def build_storage(config: RunConfig) -> Storage:
 def build_spec(config: RunConfig) -> EvalSpec:
     e = config.eval
     return EvalSpec(mode=e.mode, crop=e.crop, stride=e.stride, flip=e.flip, scales=e.scales, average=e.average,
-                    resize=e.resize, scored_classes=e.scored_classes)
+                    resize=e.resize, scored_classes=e.scored_classes, align_corners=config.coding.align_corners)
 
 
 def _flat(optimizer: OptimizerState) -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ class Coding:
     num_classes: int
     num_outputs: int
     align_corners: bool = False
+    weighting: Literal["image", "pixel"] = "pixel"
+    """Which weight of pseudo-labels is published with FixMatch and UniMatch (METHOD 4: the share of an image's confident
+    pixels helps codewords and harms one-hot labels)."""
 
     def scores(self, logits_BKHW: Tensor) -> Tensor:
         """Class scores, whose argmax is the class. Shape: [B, N, H, W]."""
@@ -65,6 +68,23 @@ class Coding:
         Logits of another size than the target are resized to it (bilinear) inside. Pixel losses are summed and divided
         by the number of pixels ("all"), by that of pixels not labelled 255 ("valid"), or by `normalizer`.
         """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def certainty(self, logits_BKhw: Tensor, target: Target) -> Tensor:
+        """Probability given to each pixel's target; anything in (0, 1] where it is ignored. Shape: float [B, H, W]."""
+        size = _size(target.labels)
+        upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), size, self.align_corners, logits_BKhw)
+        certainty_BHW = torch.empty(target.labels.shape, dtype=upsample.dtype, device=logits_BKhw.device)
+        with torch.autocast(logits_BKhw.device.type, enabled=False):
+            for image, logits_Khw in enumerate(logits_BKhw):
+                for first, end in row_strips(*size, logits_BKhw.device):
+                    strip_P = self._certainty(upsample.strip(logits_Khw, first, end), target, image, first, end)
+                    certainty_BHW[image, first:end].view(-1).copy_(strip_P)
+        return certainty_BHW
+
+    def _certainty(self, logits_KP: Tensor, target: Target, image: int, first: int, end: int) -> Tensor:
+        """`certainty` of the rows first to end of one image. Shape: [P]."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -124,12 +144,18 @@ class OneHotCoding(Coding):
         loss, _ = stripwise_loss(logits_BKhw, _size(target.labels), strip, 1, self.align_corners)
         return {"loss": loss}
 
+    def _certainty(self, logits_KP: Tensor, target: Target, image: int, first: int, end: int) -> Tensor:
+        labels_1P = target.labels[image, first:end].reshape(1, -1).clamp_max(self.num_classes - 1)
+        return logits_KP.log_softmax(0).gather(0, labels_1P)[0].exp_()
+
     def describe(self) -> str:
         return f"one-hot, {self.num_classes} classes"
 
 
 class EcocCoding(Coding):
     """A codeword per class: K bits, decoded to the class at the least soft Hamming distance."""
+
+    weighting = "image"
 
     def __init__(
         self,
@@ -249,6 +275,12 @@ class EcocCoding(Coding):
 
         loss, detail = stripwise_loss(logits_BKhw, _size(target.labels), strip, 4, self.align_corners)
         return {"loss": loss, "bce": detail[0], "distance": detail[1], "contrast": detail[2]}
+
+    def _certainty(self, logits_KP: Tensor, target: Target, image: int, first: int, end: int) -> Tensor:
+        """Mean over bits of the probability of the target's bit."""
+        assert target.bits is not None
+        bits_KP = bit_words.unpack(target.bits[image, :, first:end].flatten(1), len(logits_KP))
+        return torch.where(bits_KP, logits_KP, -logits_KP).sigmoid_().mean(0)
 
     def describe(self) -> str:
         w = self.loss_weights

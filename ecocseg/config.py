@@ -135,33 +135,54 @@ class CodingConfig(Section):
     """What the contrast is summed over: all codewords (released code), or the target and the other codewords (text)."""
     max_candidates: int | None = Field(None, ge=1)
     """Number of candidate classes bit mining looks at; null = all. The released code stops at 8."""
+    align_corners: bool = False
+    """Bilinear convention by which logits are resized to labels, in training and evaluation. UDA code false, UniMatch true."""
 
 
 class MethodConfig(Section):
-    kind: Literal["supervised", "self_training"] = "self_training"
-    """How unlabelled images are used: not at all, or by a teacher's pseudo-labels on mixed images (DACS, DAFormer)."""
+    kind: Literal["supervised", "self_training", "fixmatch", "unimatch", "unimatch_v2"] = "self_training"
+    """How unlabelled images are used: not at all, by a teacher's pseudo-labels on mixed images (self_training: DACS, DAFormer),
+    or by labels of a weak view that teach strong ones (FixMatch, UniMatch, UniMatch V2)."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the teacher's parameter average, reached from below: min(1 - 1/(t+1), decay)."""
     confidence_threshold: float = Field(0.968, ge=0, le=1)
     """Confidence from which a pixel counts towards the pseudo-label weight. DACS, DAFormer 0.968."""
-    weighting: Literal["image", "batch", "pixel"] = "image"
-    """Pseudo-label weight: share of the image's confident pixels, of the worker's whole batch (released code), or per pixel."""
+    weighting: Literal["image", "batch", "pixel", "by_coding"] = "image"
+    """Pseudo-label weight: share of the image's confident pixels, of the worker's whole batch (released code), or per pixel;
+    by_coding = image with ECOC, pixel with one_hot (what is published of FixMatch and UniMatch)."""
     ignore_top: int = Field(0, ge=0)
     """Rows of pixels at the top of a target crop whose pseudo-labels weigh nothing. DAFormer on Cityscapes 15."""
     ignore_bottom: int = Field(0, ge=0)
     """Rows of pixels at the bottom of a target crop whose pseudo-labels weigh nothing. DAFormer on Cityscapes 120."""
     jitter: float = Field(0.2, ge=0, le=0.5)
-    """Strength of colour jitter (brightness, contrast, saturation, hue) on mixed images."""
+    """Strength of colour jitter (brightness, contrast, saturation, hue) on mixed images. DAFormer 0.2, UniMatch 0.5."""
+    jitter_hue: float | None = Field(None, ge=0, le=0.5)
+    """Strength of the hue's jitter, in full turns; null = as the others. UniMatch 0.25."""
     jitter_probability: float = Field(0.8, ge=0, le=1)
-    """Probability of colour jitter, drawn once a step."""
+    """Probability of colour jitter, drawn once a step; by FixMatch and UniMatch for each view of an image."""
+    grey_probability: float = Field(0.0, ge=0, le=1)
+    """Probability that a strong view of FixMatch and UniMatch is made grey. UniMatch 0.2."""
     blur_probability: float = Field(0.5, ge=0, le=1)
-    """Probability of Gaussian blur, drawn once a step."""
+    """Probability of Gaussian blur, drawn as that of jitter."""
     blur_sigma: tuple[float, float] = (0.15, 1.15)
-    """Pixels between which the blur's standard deviation is drawn."""
+    """Pixels between which the blur's standard deviation is drawn. DAFormer 0.15 to 1.15, UniMatch 0.1 to 2."""
+    cutmix_probability: float = Field(0.5, ge=0, le=1)
+    """Probability that a box of another image is pasted on a strong view of FixMatch and UniMatch."""
+    feature_dropout: float = Field(0.5, ge=0, lt=1)
+    """Probability with which UniMatch drops a channel in its view of perturbed features."""
+    feature_weight: float = Field(0.5, ge=0, le=1)
+    """Share of that view in UniMatch's loss on unlabelled images; the strong views have the rest."""
+    whole_pairs: float = Field(0.5, ge=0, le=1)
+    """Share of images whose two views keep all their channels in UniMatch V2, instead of one half each."""
     mixed_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on mixed images."""
+    """Weight of the loss on mixed or strong views beside that on labelled images."""
     average: Literal["all", "valid"] = "all"
-    """Divisor of the labelled loss: all pixels (DAFormer), or those with a label."""
+    """Divisor of the labelled loss: all pixels (DAFormer), or those with a label (UniMatch)."""
+    ohem_threshold: float | None = Field(None, gt=0, lt=1)
+    """Labelled pixels given this probability or less of being right are learned, the others not; null = all are. With ECOC
+    it is the mean over a pixel's bits. UniMatch on Cityscapes 0.7."""
+    ohem_min_pixels: int = Field(200000, ge=1)
+    """Number of the hardest pixels of each labelled image that are learned in any case. UniMatch on Cityscapes 200000."""
     feature_distance: float = Field(0.0, ge=0)
     """Weight of the thing-class feature distance; needs a pretrained encoder. DAFormer 0.005."""
     feature_distance_classes: tuple[int, ...] = ()
@@ -316,6 +337,13 @@ class RunConfig(Section):
     def needs_unlabeled(self) -> bool:
         return self.method.kind != "supervised"
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams a step reads; `partner` is the unlabelled images in an order of their own, for CutMix."""
+        if not self.needs_unlabeled:
+            return ("labeled",)
+        return ("labeled", "unlabeled", "partner") if self.method.kind in ("fixmatch", "unimatch") else ("labeled", "unlabeled")
+
     def updated(self, **sections: dict[str, Any]) -> RunConfig:
         """A copy with some keys replaced, section by section: `config.updated(train={"seed": 1})`."""
         plain = self.model_dump(mode="json")
@@ -395,11 +423,28 @@ def _conflicts(config: RunConfig) -> list[str]:
     if config.model.head == "hrda" and config.method.kind not in ("supervised", "self_training", "mic"):
         problems.append(f"model.head: hrda has no one set of features for method.kind={config.method.kind} to perturb; use it "
                         "with supervised, self_training or mic, or choose daformer")
+    problems += _consistency_conflicts(config)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         problems.append("data.mean, data.std: one number for each of the 3 channels")
     if config.optim.warmup_steps >= config.train.steps:
         problems.append(f"optim.warmup_steps: {config.optim.warmup_steps} is not below train.steps {config.train.steps}; "
                         f"use {config.train.steps // 10} or fewer")
+    return problems
+
+
+def _consistency_conflicts(config: RunConfig) -> list[str]:
+    """What FixMatch, UniMatch and hard pixel mining cannot do together with other keys."""
+    method, problems = config.method, []
+    if method.kind in ("fixmatch", "unimatch", "unimatch_v2"):
+        unused = {"ignore_top": 0, "ignore_bottom": 0, "feature_distance": 0.0}
+        problems += [f"method.{key}: method.kind={method.kind} has no such thing; leave it at {default:g}, or use self_training"
+                     for key, default in unused.items() if getattr(method, key) != default]
+    elif method.weighting == "by_coding":
+        problems.append(f"method.weighting: by_coding is published with FixMatch and UniMatch; with method.kind={method.kind} "
+                        "use image, batch or pixel")
+    if method.ohem_threshold is not None and (config.model.head == "hrda" or method.feature_distance > 0):
+        problems.append("method.ohem_threshold: goes neither with model.head=hrda nor with method.feature_distance; set it to "
+                        "null")
     return problems
 
 

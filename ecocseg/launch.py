@@ -70,8 +70,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
         raise InputError(f"launch.workers: {workers} workers need {workers} CPU cores, the cluster has {cpus:g}; "
                          f"use {int(cpus)} or fewer")
     loop.micro_batches(config, workers)
-    streams = 2 if config.needs_unlabeled else 1
-    ingest = max(1.0, workers * streams * config.data.read_cpus) if config.data.loader == "ray" else 0.0
+    ingest = max(1.0, workers * len(config.streams) * config.data.read_cpus) if config.data.loader == "ray" else 0.0
     share = config.launch.cpus_per_worker or min(4.0, int((cpus - ingest) / workers * 100) / 100)
     if share < LEAST_CPU or workers * share + ingest > cpus + 1e-9:
         raise InputError(f"launch.workers: {workers} worker(s) x {share:g} CPU + {ingest:g} CPU for ingest exceed the "

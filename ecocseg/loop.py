@@ -98,7 +98,7 @@ class Session:
             pretrained = lambda image: frozen.encode(image)[-1]  # noqa: E731
         kind = METHODS[config.method.kind]
         self.method = kind(config.method, self.coding, self.normalize, pretrained)
-        self.teacher = Teacher(model, config.method.ema_decay) if kind.needs_teacher else None
+        self.teacher = Teacher(model, config.method.ema_decay, kind.whole_teacher) if kind.needs_teacher else None
         self.micro_batches = micro_batches(config, world.size)
         optim = config.optim
         groups = parameter_groups(self.model, optim.lr, optim.decoder_lr_factor, optim.weight_decay, optim.no_decay)
@@ -118,9 +118,9 @@ class Session:
             self._say(f"training from step 0: {self.model_line()}; {self.batch_line()}")
         if self.world.rank == 0 and tracker is not None:
             self.tracker = tracker(self.step + 1, self._progress)
-        for name in ("labeled", "unlabeled") if self.method.needs_unlabeled else ("labeled",):
-            self.streams[name] = open_stream(self.config, name, self.manifests[name], self.world, self.step,
-                                             self.micro_batches)
+        for name in self.config.streams:
+            manifest = self.manifests["labeled" if name == "labeled" else "unlabeled"]
+            self.streams[name] = open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
 
     def _restore(self, snapshot: checkpoint.Snapshot, passed_over: list[str]) -> None:
         where = f"checkpoint of step {snapshot.step}"
@@ -170,33 +170,44 @@ class Session:
         torch.manual_seed(random_generator(seed, step, self.world.rank, 7).initial_seed())  # dropout, stochastic depth
         if self.teacher is not None and step > 0:
             self.teacher.update(self.model)
-        labeled = [batch.to(self.world.device) for batch in next(batches["labeled"])]
-        unlabeled = ([batch.to(self.world.device) for batch in next(batches["unlabeled"])]
-                     if "unlabeled" in batches else [None] * len(labeled))
-        divisor = self._divisor(labeled)
+        taken = {name: [batch.to(self.world.device) for batch in next(stream)] for name, stream in batches.items()}
+        steps = [StepInput(step, seed, one, taken["unlabeled"][number] if "unlabeled" in taken else None, self.engine,
+                           self.teacher, self.engine.autocast, model=self.model,
+                           partner=taken["partner"][number] if "partner" in taken else None,
+                           unlabeled_total=self.config.train.unlabeled_batch)
+                 for number, one in enumerate(taken["labeled"])]
+        self._set_divisors(steps)
         self.engine.set_lr(schedule(self.config.optim, self.config.train.steps, step))
         draw = self.config.train.panels_every > 0 and (step + 1) % self.config.train.panels_every == 0
-        for number, (one, other) in enumerate(zip(labeled, unlabeled, strict=True)):
+        if draw and self.world.rank == 0:
+            steps[0].pictures = {}
+        for number, given in enumerate(steps):
             self.model.begin_step(random_generator(seed, step, 8))  # for all workers and micro-batches the same
-            given = StepInput(step, seed, one, other, self.engine, self.teacher, self.engine.autocast, divisor,
-                              pictures={} if draw and number == 0 and self.world.rank == 0 else None)
             parts = self.method.parts(given)
             for index, part in enumerate(parts):
-                last = number == len(labeled) - 1 and index == len(parts) - 1
-                self.engine.run_part(part, 1 / len(labeled), last)
+                last = number == len(steps) - 1 and index == len(parts) - 1
+                self.engine.run_part(part, 1 / len(steps), last)
             self.history.append(given.metrics)
             if given.pictures and self.tracker is not None:
                 self.tracker.image(step + 1, "training", training_picture(given.pictures, self.coding, self.classes))
         norm = self.engine.step()
         self.history[-1]["gradient_norm"] = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32)
 
-    def _divisor(self, labeled: list[Batch]) -> Tensor | None:
-        """Labelled pixels of the whole global batch over the number of averaged losses, so that the number of workers
-        and of micro-batches does not change the loss."""
-        if self.config.method.average == "all":
-            return None
-        count = torch.stack([(batch.labels != IGNORE).sum() for batch in labeled if batch.labels is not None]).sum().float()
-        return self.world.sum(count).clamp_min(1) / (self.world.size * len(labeled))
+    def _set_divisors(self, steps: list[StepInput]) -> None:
+        """Valid pixels of the whole global batch over the number of averaged losses, so that the number of workers and of
+        micro-batches does not change the loss."""
+        counts = []
+        for given in steps:
+            assert given.labeled.labels is not None
+            unlabeled = self.method.unlabeled_pixels(given)
+            labeled = (given.labeled.labels != IGNORE).sum().reshape(1)
+            counts.append(labeled if unlabeled is None else torch.cat([labeled, unlabeled]))
+        if self.config.method.average == "all" and len(counts[0]) == 1:
+            return
+        total = self.world.sum(torch.stack(counts).sum(0).double()).clamp_min(1) / (self.world.size * len(steps))
+        for given in steps:
+            given.divisor = None if self.config.method.average == "all" else total[0].float()
+            given.unlabeled_divisors = total[1:].float()
 
     def _log(self, clock: Clock) -> bool:
         """Reduce the metrics of the interval over workers; the only host sync of the interval. True = stop asked for."""
@@ -367,11 +378,18 @@ def micro_batches(config: RunConfig, workers: int) -> int:
                              f"{', '.join(map(str, fits))}, or a multiple of {workers} images")
     share = math.gcd(*(size // workers for size in sizes.values()))
     most = config.train.micro_batch or max(sizes.values())
+    in_pairs = config.method.kind == "unimatch_v2"  # images next to one another are pasted on each other
+    if in_pairs and config.train.unlabeled_batch // workers % 2:
+        raise InputError(f"train.unlabeled_batch: method.kind=unimatch_v2 pastes pairs of images, and {workers} worker(s) get "
+                         f"{config.train.unlabeled_batch // workers} of {config.train.unlabeled_batch} each; use fewer "
+                         f"launch.workers, or a multiple of {2 * workers} images")
     for number in range(1, share + 1):
-        if share % number == 0 and config.train.labeled_batch // workers // number <= most:
+        paired = not in_pairs or config.train.unlabeled_batch // workers // number % 2 == 0
+        if paired and share % number == 0 and config.train.labeled_batch // workers // number <= most:
             return number
-    raise InputError(f"train.micro_batch: {most} cannot be reached: {sizes} over {workers} workers share no such division; "
-                     "make the batch sizes multiples of each other")
+    raise InputError(f"train.micro_batch: {most} cannot be reached: {sizes} over {workers} workers share no such division"
+                     + (" into pairs of unlabelled images" if in_pairs else "")
+                     + "; raise it, or make the batch sizes multiples of each other")
 
 
 def load_manifests(config: RunConfig) -> dict[str, Manifest]:

@@ -18,17 +18,19 @@ class Teacher:
 
     Batch norm stays in training mode and keeps statistics of its own, as in the released DACS and DAFormer;
     dropout and stochastic depth are off.
+
+    With `whole`, as in UniMatch V2, buffers are averaged too and batch norm uses them; the first update copies the student.
     """
 
-    def __init__(self, student: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, student: nn.Module, decay: float, whole: bool = False) -> None:
+        self.decay, self.whole = decay, whole
         self.updates = 0
         self.module = copy.deepcopy(student).float().requires_grad_(False)
         self.label_mode()
 
     def label_mode(self) -> None:
         self.module.eval()
-        for module in self.module.modules():
+        for module in () if self.whole else self.module.modules():
             if isinstance(module, _BatchNorm):
                 module.train()
 
@@ -36,9 +38,14 @@ class Teacher:
     def update(self, student: nn.Module) -> None:
         """Move one step towards the student's parameters; called at the start of each step but the first."""
         self.updates += 1
-        alpha = min(1 - 1 / (self.updates + 1), self.decay)
+        alpha = min(1 - 1 / (self.updates + (0 if self.whole else 1)), self.decay)
         mine: list[torch.Tensor] = list(self.module.parameters())
         theirs = [p.detach() for p in student.parameters()]
         if len(mine) != len(theirs):
             raise RuntimeError(f"teacher has {len(mine)} parameters, student {len(theirs)}")
         torch._foreach_lerp_(mine, [p.float() for p in theirs], 1 - alpha)
+        for own, other in zip(self.module.buffers(), student.buffers(), strict=True) if self.whole else ():
+            if own.is_floating_point():
+                own.lerp_(other.float(), 1 - alpha)
+            else:  # a count of batches
+                own.copy_(other)

@@ -34,6 +34,14 @@ class StepInput:
     teacher_autocast: Callable[[], Any]
     divisor: Tensor | None = None
     """What the labelled loss is divided by when only valid pixels count, the same on every worker."""
+    partner: Batch | None = None
+    """Other unlabelled images, one for each, for methods that read the stream of them."""
+    model: Any = None
+    """The student's bare module, for its sizes and for passes without gradient."""
+    unlabeled_divisors: Tensor | None = None
+    """What losses on unlabelled images are divided by, one for each count of `Method.unlabeled_pixels`."""
+    unlabeled_total: int = 0
+    """Unlabelled images of the whole global batch."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     pictures: dict[str, Any] | None = None
     """A dict to put tensors for the picture panels into, on steps that draw them."""
@@ -44,6 +52,8 @@ class Method:
 
     needs_unlabeled = False
     needs_teacher = False
+    whole_teacher = False
+    """The teacher averages buffers too (see `Teacher`)."""
 
     def __init__(self, config: MethodConfig, coding: Any, normalize: Normalize,
                  pretrained_encoder: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -52,6 +62,11 @@ class Method:
     def parts(self, given: StepInput) -> list[Part]:
         """The losses of this step, in order. Each builds its own graph when called."""
         raise NotImplementedError
+
+    def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
+        """Counts of unlabelled pixels that the method's losses are averaged over, if it wants them summed over all workers
+        and micro-batches before the step. Shape: [number of counts]."""
+        return None
 
     def loss(self, output: Tensor | TwoScaleLogits, target: Target, *, average: str = "all",
              normalizer: Tensor | None = None) -> dict[str, Tensor]:

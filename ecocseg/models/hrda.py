@@ -115,7 +115,7 @@ class HrdaSegmenter(Segmenter):
     def begin_step(self, generator: torch.Generator) -> None:
         self.generator = generator
 
-    def forward(self, image_B3HW: Tensor, return_features: bool = False) -> Any:
+    def forward(self, image_B3HW: Tensor, return_features: bool = False) -> Any:  # type: ignore[override]  # no factors
         """Logits [B, K, h, w], or `TwoScaleLogits` in training; with `return_features` also the context's last map."""
         size = (image_B3HW.shape[-2], image_B3HW.shape[-1])
         whole = self._whole_size(size)

@@ -31,8 +31,8 @@ class Segmenter(nn.Module):
     zeros (the mean colour, after normalisation) are added at the bottom and right and their logits cut off again.
     A model of one input channel sees the mean of an image's three.
 
-    UniMatch perturbs features between the two halves of `forward`: `decode(maps, size)` of `encode(image)`, with
-    channels of the maps at `feature_dropout_levels` dropped.
+    UniMatch perturbs features between the two halves of `forward`, `decode(maps, size)` of `encode(image)`: channels of
+    the maps at `feature_dropout_levels` are multiplied by `feature_factors`, which are 0 or 2 where they drop half.
     """
 
     def __init__(self, encoder: Encoder, decoder: Head, num_outputs: int, in_channels: int = 3) -> None:
@@ -47,12 +47,22 @@ class Segmenter(nn.Module):
         return tuple(range(count) if levels is None else sorted(level % count for level in levels))
 
     @overload
-    def forward(self, image_B3HW: Tensor, return_features: Literal[False] = False) -> Tensor: ...
+    def forward(self, image_B3HW: Tensor, return_features: Literal[False] = False,
+                feature_factors: Sequence[Tensor] | None = None) -> Tensor: ...
     @overload
     def forward(self, image_B3HW: Tensor, return_features: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def forward(self, image_B3HW: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, K, h, w] at the decoder's stride; with `return_features` also the last map [B, C, h, w]."""
+    def forward(self, image_B3HW: Tensor, return_features: bool = False,
+                feature_factors: Sequence[Tensor] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, K, h, w] at the decoder's stride; with `return_features` also the last map [B, C, h, w].
+
+        `feature_factors`: a tensor [V * B, C] for each of `feature_dropout_levels`; V views of the features are decoded as
+        one batch, and the logits are [V * B, K, h, w], those of the first view first.
+        """
         maps = self.encode(image_B3HW)
+        if feature_factors is not None:
+            for level, factors_VC in zip(self.feature_dropout_levels, feature_factors, strict=True):
+                repeated = maps[level].repeat(len(factors_VC) // len(maps[level]), 1, 1, 1)
+                maps[level] = repeated * factors_VC[:, :, None, None].to(repeated.dtype)
         logits_BKhw = self.decode(maps, image_B3HW.shape[-2:])
         return (logits_BKhw, maps[-1]) if return_features else logits_BKhw
 
