@@ -86,8 +86,8 @@ class Session:
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.spec = checkpoint.build_spec(config)
         model: nn.Module = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage).to(world.device)
-        if config.engine.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.engine.channels_last:  # convolutions keep their input's order; DeepSpeed wants weights in plain order
+            model.memory_format = torch.channels_last
         if config.engine.sync_batch_norm and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: Any = model
@@ -429,7 +429,8 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
     rare_pixels = max(1, round(data.rare_min_pixels * float(manifest.options.get("pixel_scale", 1.0))))
     transform = WeakTransform(
         resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
-        max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0)
+        max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0,
+        margins=(0, 0, 0, 0) if labeled else data.unlabeled_margins)
     return Stream(
         manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
         sampling="rare_class" if rare else "uniform",

@@ -17,7 +17,8 @@ import yaml
 from conftest import tiny_plain
 
 ROOT = Path(__file__).resolve().parent.parent
-TWO_WORKERS = {"data__loader": "ray", "engine__kind": "deepspeed", "engine__zero_stage": 1, "launch__workers": 2}
+TWO_WORKERS = {"data__loader": "ray", "engine__kind": "deepspeed", "engine__zero_stage": 1, "engine__channels_last": True,
+               "launch__workers": 2}
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -39,6 +39,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder, self.decoder, self.num_outputs, self.in_channels = encoder, decoder, num_outputs, in_channels
         self.weights_note = "from scratch"
+        self.memory_format = torch.contiguous_format
 
     @property
     def feature_dropout_levels(self) -> tuple[int, ...]:
@@ -74,7 +75,8 @@ class Segmenter(nn.Module):
         if self.in_channels == 1 and image_B3HW.shape[1] == 3:
             image_B3HW = image_B3HW.mean(1, keepdim=True)
         height, width = image_B3HW.shape[-2:]
-        return self.encoder(padded_to(image_B3HW, self.encoder.padded_size(height, width)))
+        padded_B3HW = padded_to(image_B3HW, self.encoder.padded_size(height, width))
+        return self.encoder(padded_B3HW.contiguous(memory_format=self.memory_format))
 
     def decode(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Logits [B, K, h, w] from `encode`'s maps; `size` is the image's (height, width) in pixels, before padding."""
