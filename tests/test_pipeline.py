@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from conftest import damage_rows
 from PIL import Image
@@ -105,6 +108,54 @@ def test_workers_share_a_global_batch_and_any_step_can_begin(manifest):
                 expected = whole[start + step][0]
                 assert sum((p[step][0].image_ids for p in parts), []) == expected.image_ids
                 assert torch.equal(torch.cat([p[step][0].image for p in parts]), expected.image)
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A set of 32 rows and one of 10,000, both labelled."""
+    picture, mask = png(np.zeros((8, 8, 3), np.uint8)), png(np.zeros((8, 8), np.uint8))
+    found = {}
+    for count in (32, 10_000):
+        where = str(tmp_path_factory.mktemp(f"rows-{count}"))
+        write_shards((Record(f"{count}-{i}", picture, mask) for i in range(count)), where, dataset="demo", classes=CLASSES,
+                     row_group_rows=32)
+        found[count] = read_manifest(where)
+    return found
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("loader", ["torch", "ray"])
+@pytest.mark.parametrize("labeled", [32, 10_000])
+def test_streams_of_unequal_length_go_on_together(sizes, labeled, loader, local_ray):
+    """32 rows beside 10,000, two workers that wait for each other at every step: each stream cycles by itself."""
+    counts, steps, width = {"labeled": labeled, "unlabeled": 10_032 - labeled}, 40, 16
+    together, seen = threading.Barrier(2, timeout=60), [{name: [] for name in counts} for _ in range(2)]
+    with ExitStack() as stack:
+        streams = [{name: iter(stack.enter_context(
+            stream(sizes[count], name=name, global_batch=width, transform=WeakTransform(crop=(8, 8)), rank=rank, world=2,
+                   loader=loader)))
+            for name, count in counts.items()} for rank in range(2)]
+
+        def work(rank):
+            for _ in range(steps):
+                for name, batches in streams[rank].items():
+                    seen[rank][name].append(next(batches)[0].image_ids)
+                together.wait()
+
+        with ThreadPoolExecutor(2) as workers:
+            for done in [workers.submit(work, rank) for rank in range(2)]:
+                done.result()
+    for name, count in counts.items():
+        rows = [row for step in range(steps) for rank in range(2) for row in seen[rank][name][step]]
+        assert len(rows) == steps * width
+        for first in range(0, len(rows), count):
+            assert len(set(rows[first:first + count])) == min(count, len(rows) - first)  # no row twice in a pass
 
 
 def test_a_pass_is_a_permutation_and_passes_need_no_restart(manifest):
@@ -258,20 +309,15 @@ def test_the_seed_decides_on_order_and_crops(manifest):
     assert any(a[0].image_ids != b[0].image_ids for a, b in zip(one, other, strict=True))
 
 
-def test_ray_gives_the_same_batches(manifest, monkeypatch):
+def test_ray_gives_the_same_batches(manifest, monkeypatch, local_ray):
     """Several executions in a row, both ends of a resume, two workers, errors: as with threads, batch by batch."""
-    ray = pytest.importorskip("ray")
     monkeypatch.setattr(reading, "EXECUTION_ITEMS", (2, 3))
     monkeypatch.setattr(reading, "ITEM_ROWS", 24)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        rare = {"sampling": "rare_class", "rare_class": RareClass(0.2, 50)}
-        same(take(stream(manifest, loader="ray"), 25), take(stream(manifest), 25))
-        part = {"start_step": 9, "rank": 1, "world": 2} | rare
-        same(take(stream(manifest, loader="ray", **part), 6), take(stream(manifest, **part), 6))
-        missing = read_manifest(manifest.url)
-        object.__setattr__(missing, "url", manifest.url + "-gone")
-        with pytest.raises(InputError, match="gone"):
-            next(stream(missing, loader="ray"))
-    finally:
-        ray.shutdown()
+    rare = {"sampling": "rare_class", "rare_class": RareClass(0.2, 50)}
+    same(take(stream(manifest, loader="ray"), 25), take(stream(manifest), 25))
+    part = {"start_step": 9, "rank": 1, "world": 2} | rare
+    same(take(stream(manifest, loader="ray", **part), 6), take(stream(manifest, **part), 6))
+    missing = read_manifest(manifest.url)
+    object.__setattr__(missing, "url", manifest.url + "-gone")
+    with pytest.raises(InputError, match="gone"):
+        next(stream(missing, loader="ray"))
