@@ -213,16 +213,18 @@ def read_variants(path: str) -> dict[str, dict[str, Any]]:
 
 
 def summary(scores: dict[str, dict[str, list[float]]], seeds: list[int]) -> str:
-    """Markdown table of mIoU by variant: mean, sample deviation and every seed; then each variant minus `one-hot`."""
+    """Markdown table of mIoU by variant: mean, sample deviation and every seed; then each variant minus `one-hot` on the
+    first evaluation set, student and teacher."""
     columns = list(dict.fromkeys(column for by in scores.values() for column in by))
     lines = [f"mIoU in %, last checkpoint, seeds {', '.join(map(str, seeds))}: mean ± sample deviation (each seed)", "",
              "| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(_cell(by.get(column)) for column in columns) + " |" for name, by in scores.items()]
-    baseline = scores.get("one-hot", {}).get(columns[0], [])
-    differences = {name: [value - base for value, base in zip(by[columns[0]], baseline, strict=True)]
-                   for name, by in scores.items() if baseline and name != "one-hot"}
-    if differences:
-        lines += ["", f"minus one-hot, {columns[0]}, seed by seed:"]
+    for column in [c for c in columns if c.split()[0] == columns[0].split()[0]]:  # those of the first evaluation set
+        baseline = scores.get("one-hot", {}).get(column)
+        differences = {name: [value - base for value, base in zip(by[column], baseline, strict=True)]
+                       for name, by in scores.items() if baseline and column in by and name != "one-hot"}
+        if differences:
+            lines += ["", f"minus one-hot, {column}, seed by seed:"]
         lines += [f"- {name}: {', '.join(f'{value:+.1f}' for value in values)} (mean {statistics.mean(values):+.1f})"
                   for name, values in differences.items()]
     return "\n".join(lines)
