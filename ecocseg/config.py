@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.errors import InputError
@@ -41,6 +41,9 @@ class DataConfig(Section):
     """Pixels (height, width) labelled images are resized to before cropping; null = as they are."""
     resize_unlabeled: Size | None = None
     """Pixels (height, width) unlabelled images are resized to before cropping; null = as they are."""
+    unlabeled_margins: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt] = (0, 0, 0, 0)
+    """Pixels (top, bottom, left, right) along the borders of an unlabelled image, as resized, that are never learned: marked
+    before cropping. HRDA and MIC on Cityscapes 30, 240, 30, 30."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Factors between which an image is rescaled at random before cropping."""
     flip: float = Field(0.5, ge=0, le=1)
@@ -140,9 +143,9 @@ class CodingConfig(Section):
 
 
 class MethodConfig(Section):
-    kind: Literal["supervised", "self_training", "fixmatch", "unimatch", "unimatch_v2"] = "self_training"
-    """How unlabelled images are used: not at all, by a teacher's pseudo-labels on mixed images (self_training: DACS, DAFormer),
-    or by labels of a weak view that teach strong ones (FixMatch, UniMatch, UniMatch V2)."""
+    kind: Literal["supervised", "self_training", "mic", "fixmatch", "unimatch", "unimatch_v2"] = "self_training"
+    """How unlabelled images are used: not at all, by a teacher's pseudo-labels on mixed images (self_training: DACS, DAFormer)
+    and on masked ones too (mic), or by labels of a weak view that teach strong ones (FixMatch, UniMatch, UniMatch V2)."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the teacher's parameter average, reached from below: min(1 - 1/(t+1), decay)."""
     confidence_threshold: float = Field(0.968, ge=0, le=1)
@@ -176,6 +179,17 @@ class MethodConfig(Section):
     """Share of images whose two views keep all their channels in UniMatch V2, instead of one half each."""
     mixed_weight: float = Field(1.0, ge=0)
     """Weight of the loss on mixed or strong views beside that on labelled images."""
+    masked_weight: float = Field(1.0, ge=0)
+    """Weight of MIC's loss on masked images beside that on labelled images. MIC 1."""
+    mask_ratio: float = Field(0.7, ge=0, lt=1)
+    """Probability that MIC blanks a block of an image. MIC 0.7."""
+    mask_block: int = Field(64, ge=1)
+    """Pixels a side of a block. MIC 64."""
+    masked_images: Literal["target", "source_and_target"] = "target"
+    """What MIC masks: the unlabelled images (published on Cityscapes), or in every other place a labelled one with its true
+    labels (published from Cityscapes to ACDC and Dark Zurich)."""
+    masked_colour: bool = True
+    """Jitter and blur masked images, by a draw of their own. MIC to Cityscapes true, to ACDC and Dark Zurich false."""
     average: Literal["all", "valid"] = "all"
     """Divisor of the labelled loss: all pixels (DAFormer), or those with a label (UniMatch)."""
     ohem_threshold: float | None = Field(None, gt=0, lt=1)
@@ -426,6 +440,9 @@ def _conflicts(config: RunConfig) -> list[str]:
     problems += _consistency_conflicts(config)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         problems.append("data.mean, data.std: one number for each of the 3 channels")
+    margins, size = config.data.unlabeled_margins, config.data.resize_unlabeled or (1 << 31, 1 << 31)
+    if margins[0] + margins[1] >= size[0] or margins[2] + margins[3] >= size[1]:
+        problems.append(f"data.unlabeled_margins: {list(margins)} leave nothing of data.resize_unlabeled {list(size)}")
     if config.optim.warmup_steps >= config.train.steps:
         problems.append(f"optim.warmup_steps: {config.optim.warmup_steps} is not below train.steps {config.train.steps}; "
                         f"use {config.train.steps // 10} or fewer")

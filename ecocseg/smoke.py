@@ -44,14 +44,16 @@ def _data(config: RunConfig, root: str, side: int, share: float) -> dict[str, di
     """Toy shards, and everything counted in pixels, rows or steps scaled down with the crop."""
     data, method, window = config.data, config.method, config.eval
     stride = [max(16, int(s * side / c)) for s, c in zip(window.stride, window.crop, strict=True)]
-    margins = {key: int(getattr(method, key) * share) for key in ("ignore_top", "ignore_bottom")}
+    scaled = {key: int(getattr(method, key) * share) for key in ("ignore_top", "ignore_bottom")}
+    scaled["mask_block"] = max(1, int(method.mask_block * share))
     return {
         "data": {"prepare": None, "labeled": join(root, "labeled"), "crop": [side, side],
                  "unlabeled": join(root, "unlabeled") if data.unlabeled else None,
                  "eval": {next(iter(data.eval), "eval"): join(root, "eval")}, "resize_labeled": None,
                  "resize_unlabeled": None, "rare_min_pixels": max(1, int(data.rare_min_pixels * share**2)),
-                 "rare_crop_min_pixels": int(data.rare_crop_min_pixels * share**2)},
-        "method": margins,
+                 "rare_crop_min_pixels": int(data.rare_crop_min_pixels * share**2),
+                 "unlabeled_margins": [int(margin * share) for margin in data.unlabeled_margins]},
+        "method": scaled,
         "optim": {"warmup_steps": min(1, config.optim.warmup_steps)},
         "train": {"steps": STEPS, "labeled_batch": min(BATCH, config.train.labeled_batch),
                   "unlabeled_batch": min(BATCH, config.train.unlabeled_batch), "log_every": 1, "eval_every": 0,
@@ -64,7 +66,8 @@ def _small_model(config: RunConfig, folder: str) -> dict[str, dict[str, Any]]:
     """A small encoder of the same kind; where the recipe takes pretrained weights, a file of fresh ones to load."""
     model = config.model
     encoder = next((small for start, small in SMALL.items() if model.encoder.startswith(start)), model.encoder)
-    changes: dict[str, Any] = {"encoder": encoder, "channels": min(model.channels or 32, 32), "pretrained": None}
+    changes: dict[str, Any] = {"encoder": encoder, "channels": min(model.channels or 32, 32), "pretrained": None,
+                               "detail_crop": None}
     if model.pretrained is not None:
         fresh = checkpoint.build_model(config.updated(model=changes).model, 2, pretrained=False)
         path = Path(folder) / f"{encoder}.safetensors"

@@ -29,7 +29,8 @@ def unique_smoke_runs() -> list[str]:
         config = load(name)
         method, model = config.method, config.model
         key = json.dumps([method.kind, model.head, re.split(r"\d", model.encoder)[0], config.data.sampling, config.optim.kind,
-                          method.feature_distance > 0, config.eval.mode, config.data.classes in ("change", "acdc_cardiac")])
+                          method.feature_distance > 0, method.masked_images, config.eval.mode,
+                          config.data.classes in ("change", "acdc_cardiac")])
         first.setdefault(key, name)
     return sorted(first.values())
 

@@ -197,3 +197,23 @@ def test_16_bit_grey_becomes_its_high_byte_in_three_channels():
     sample = WeakTransform(crop=(20, 30))(encode(grey), encode(mask), np.random.default_rng(3))
     assert sample.image.shape == (3, 20, 30) and sample.image.dtype == np.uint8
     assert (sample.image == sample.image[:1]).all() and (sample.image[0] >> 2 == sample.labels).all()
+
+
+def test_margins_are_marked_before_cropping():
+    """Against the margins drawn on the image itself: marked pixels are those of a border of 1s on an image of 0s."""
+    image = np.ones((40, 60, 3), np.uint8) * 255
+    image[4:-12, 6:-2] = 0  # at twice the packed size: 8, 24, 12, 4
+    for seed in range(30):
+        transform = WeakTransform(crop=(32, 40), resize=(80, 120), margins=(8, 24, 12, 4))
+        sample = transform(encode(image), None, np.random.default_rng(seed))
+        near = (sample.image[0] > 127) != ~sample.valid  # resizing blurs the border by a pixel
+        assert near.mean() < 0.05 and sample.valid.shape == (32, 40)
+    whole = WeakTransform(crop=(90, 120), resize=(80, 120), margins=(8, 24, 12, 4), flip=0)
+    valid = whole(encode(image), None, np.random.default_rng(0)).valid
+    want = np.zeros((90, 120), bool)
+    want[8:56, 12:116] = True
+    assert (valid == want).all()
+    scaled = WeakTransform(crop=(160, 240), resize=(80, 120), scale=(2, 2), margins=(8, 24, 12, 4), flip=0)
+    assert (scaled(encode(image), None, np.random.default_rng(0)).valid[::2, ::2] == want[:80]).all()
+    nothing = WeakTransform(crop=(10, 120), margins=(39, 0, 0, 0))(encode(image), None, np.random.default_rng(0))
+    assert nothing.valid.shape == (10, 120) and not nothing.valid[:-1].any()

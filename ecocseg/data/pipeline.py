@@ -45,7 +45,7 @@ class Batch:
 
     image: torch.Tensor  # uint8 [B, 3, H, W], RGB
     labels: torch.Tensor | None  # int64 [B, H, W], 255 = ignored; None if masks were not asked for
-    valid: torch.Tensor  # bool [B, H, W], False on padding
+    valid: torch.Tensor  # bool [B, H, W], False on padding and margins
     positions: torch.Tensor  # int64 [B], places in the stream's sequence
     image_ids: list[str]
 

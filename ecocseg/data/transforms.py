@@ -26,7 +26,7 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 @dataclass(frozen=True)
 class Sample:
     """One crop: `image` uint8 [3, H, W] RGB; `labels` uint8 [H, W], 255 = ignored, None without a mask; `valid` bool
-    [H, W], False on padding. `image` may be a transposed view."""
+    [H, W], False on padding and margins. `image` may be a transposed view."""
 
     image: UInt8
     labels: UInt8 | None
@@ -46,6 +46,7 @@ class WeakTransform:
     flip: float = 0.5  # probability of a horizontal flip; DAFormer
     max_class_share: float = 0.75  # of labelled pixels; crops in which one class fills this are redrawn; DAFormer
     min_class_pixels: int = 0  # of the focus class; crops with no more are redrawn; DAFormer 1500, HRDA 6000
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right pixels of the resized image; not valid; HRDA
 
     def __call__(
         self,
@@ -76,7 +77,16 @@ class WeakTransform:
             box = self._choose_box(mask, rng, focus_class)
             labels_HW = np.asarray(_crop(mask, box))
         image_HWC = _crop_resized(image, (height, width), box, image_id)
-        return self._finish(image_HWC, labels_HW, flip=bool(rng.random() < self.flip))
+        inside = self._inside_margins(box, (height, width), image.size)
+        return self._finish(image_HWC, labels_HW, inside, flip=bool(rng.random() < self.flip))
+
+    def _inside_margins(self, box: Box, size: tuple[int, int], packed: tuple[int, int]) -> Box:
+        """The part of a crop off the margins of an image of `size` (height, width), scaled from `packed` (width, height)."""
+        base = self.resize or (packed[1], packed[0])
+        near, far = self.margins[::2], self.margins[1::2]
+        first = [max(0, round(near[axis] * size[axis] / base[axis]) - box[axis]) for axis in (0, 1)]
+        last = [min(box[axis + 2], size[axis] - round(far[axis] * size[axis] / base[axis])) - box[axis] for axis in (0, 1)]
+        return first[0], first[1], max(first[0], last[0]), max(first[1], last[1])
 
     def _size(self, image: Image.Image, rng: np.random.Generator) -> tuple[int, int]:
         height, width = self.resize or (image.size[1], image.size[0])
@@ -118,14 +128,13 @@ class WeakTransform:
             box, counts = self._varied_box(mask, rng)
         return box
 
-    def _finish(self, image_HWC: UInt8, labels_HW: UInt8 | None, flip: bool) -> Sample:
-        """Pad at the bottom and the right (image 0, labels 255), then flip."""
+    def _finish(self, image_HWC: UInt8, labels_HW: UInt8 | None, inside: Box, flip: bool) -> Sample:
+        """Pad at the bottom and the right (image 0, labels 255), then flip. Valid is what lies in the box `inside`."""
         height, width = image_HWC.shape[:2]
-        valid_HW = np.ones(self.crop, bool)
+        valid_HW = np.zeros(self.crop, bool)
+        valid_HW[inside[0] : inside[2], inside[1] : inside[3]] = True
         if (height, width) != self.crop:
             rest = ((0, self.crop[0] - height), (0, self.crop[1] - width))
-            valid_HW[height:] = False
-            valid_HW[:, width:] = False
             image_HWC = np.pad(image_HWC, (*rest, (0, 0)))
             if labels_HW is not None:
                 labels_HW = np.pad(labels_HW, rest, constant_values=IGNORE)

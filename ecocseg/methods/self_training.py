@@ -60,7 +60,7 @@ class SelfTraining(Supervised):
         mask_BHW = mixing.class_mix_mask(labels_BHW, generators)
         if len(unlabeled.image) > number:  # images without a partner stay as they are
             mask_BHW = F.pad(mask_BHW, (0, 0, 0, 0, 0, len(unlabeled.image) - number))
-        partner = torch.arange(len(unlabeled.image), device=mask_BHW.device) % len(source.image)
+        partner = self.partners(given)
         image_B3HW = torch.where(mask_BHW[:, None], source.image[partner], unlabeled.image)
         mixed = mixing.mix(self.coding.encode(source.labels[partner]), pseudo, mask_BHW)
         strong_B3HW = self.colour(image_B3HW.float() / 255, given, COLOUR)
@@ -72,6 +72,11 @@ class SelfTraining(Supervised):
                                   mixed_labels=mixed.labels, mixed_logits=main_logits(output))
         return self.config.mixed_weight * terms["loss"]
 
+    def partners(self, given: StepInput) -> Tensor:
+        """The place of each unlabelled image's source image. Shape: int64 [B]."""
+        assert given.unlabeled is not None
+        return torch.arange(len(given.unlabeled.image), device=given.unlabeled.image.device) % len(given.labeled.image)
+
     @torch.no_grad()
     def pseudo_label(self, given: StepInput) -> Target:
         """The teacher's labels of the unlabelled images, weighted."""
@@ -79,10 +84,10 @@ class SelfTraining(Supervised):
         assert batch is not None and given.teacher is not None
         with given.teacher_autocast():
             logits_BKhw = given.teacher.module(self.normalize(batch.image))
-        target = self.coding.pseudo_label(logits_BKhw.float(), size=batch.image.shape[-2:])
+        target = self.coding.pseudo_label(logits_BKhw, size=batch.image.shape[-2:])
         target.labels.masked_fill_(~batch.valid, 255)
         confident_BHW = target.confidence >= self.config.confidence_threshold
-        target.weight = self.pixel_weight(confident_BHW) * batch.valid
+        target.weight = self.pixel_weight(confident_BHW.to(target.weight.dtype)) * batch.valid
         given.metrics.update({f"pseudo/{name}": value for name, value in target.metrics.items()})
         given.metrics["pseudo/confident_share"] = confident_BHW.float().mean()
         given.metrics["pseudo/weight"] = target.weight.mean()
@@ -93,10 +98,10 @@ class SelfTraining(Supervised):
         """Weight of each pixel's pseudo-label: its image's share of confident pixels (paper), the whole worker's batch's
         (released code), or its own; none in the rows a car's bonnet or a camera's edge takes. Shape: [B, H, W]."""
         if self.config.weighting == "pixel":
-            weight_BHW = confident_BHW.float()
+            weight_BHW = confident_BHW.clone()
         else:
             over = (1, 2) if self.config.weighting == "image" else (0, 1, 2)
-            weight_BHW = confident_BHW.float().mean(over, keepdim=True).expand(confident_BHW.shape).clone()
+            weight_BHW = confident_BHW.mean(over, keepdim=True).expand(confident_BHW.shape).clone()
         if self.config.ignore_top > 0:
             weight_BHW[:, :self.config.ignore_top] = 0
         if self.config.ignore_bottom > 0:
