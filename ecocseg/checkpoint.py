@@ -80,8 +80,7 @@ def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = Tru
 
 
 def build_storage(config: RunConfig) -> Storage:
-    return Storage(endpoint=config.storage.endpoint, region=config.storage.region,
-                   path_style=config.storage.path_style, retries=config.storage.retries)
+    return Storage(**config.storage.model_dump())
 
 
 def build_spec(config: RunConfig) -> EvalSpec:

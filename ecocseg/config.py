@@ -310,9 +310,15 @@ class StorageConfig(Section):
     region: str | None = None
     """Region of the bucket."""
     path_style: bool | None = None
-    """Address buckets in the path instead of the host name."""
-    retries: int = Field(5, ge=0)
-    """Number of times a request is tried again."""
+    """Address buckets in the path instead of the host name; null = with an endpoint of one's own."""
+    anonymous: bool = False
+    """Read public buckets without credentials; run.directory must then be a local folder, or a bucket anyone may write."""
+    retries: int = Field(8, ge=0)
+    """Number of times a request is tried again, after pauses of 1/4 s, doubled each time, up to 20 s."""
+    timeout: float = Field(20.0, gt=0)
+    """Seconds without an answer after which a try ends."""
+    deadline: float = Field(120.0, gt=0)
+    """Seconds after which a request is not tried again."""
 
 
 class TrackingConfig(Section):

@@ -68,7 +68,9 @@ def checkpoint_storage(options: argparse.Namespace) -> Storage | None:
 def load(path: str, which: str, storage: Storage | None, device: torch.device) -> Loaded:
     """A checkpoint's model on `device`, in eval mode; `which`: student, teacher, or auto (teacher if there is one)."""
     from ecocseg.checkpoint import load_for_inference
+    from ecocseg.storage import Storage
 
+    (storage or Storage()).check(path)
     if which == "auto":
         student = load_for_inference(path, "student", storage)  # the error of a missing checkpoint is this one's
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -146,7 +147,8 @@ class Board:
 
 
 def worker_main(payload: dict[str, Any]) -> None:
-    """What every Ray Train worker runs. Errors nobody can retry away are posted, so that a restart ends at once."""
+    """What every Ray Train worker runs. Errors nobody can retry away are posted, so that a restart ends at once; others, a
+    lost worker or `StorageUnavailable`, are gone on from at the newest checkpoint, up to launch.max_failures times."""
     import ray
     import ray.train.torch
 
@@ -177,13 +179,17 @@ def worker_main(payload: dict[str, Any]) -> None:
 
 def tracker_factory(config: RunConfig, run_url: str) -> loop.TrackerFactory:
     """Makes the tracker of rank 0, which writes into the run's folder, or into a local one first when that is a bucket."""
-    from ecocseg.tracking import Tracker
+    from ecocseg.tracking import METRICS_FILE, Tracker
 
     def make(start_step: int, console: Callable[[dict[str, Any]], None]) -> Tracker:
         local = run_url if not is_remote(run_url) else tempfile.mkdtemp(prefix="ecocseg-")
         return Tracker(local, config.train.steps, start_step, console, tensorboard=config.tracking.tensorboard)
 
     return make
+        if is_remote(run_url) and start_step > 1:  # the curve so far goes on
+            with contextlib.suppress(FileNotFoundError):
+                before = checkpoint.build_storage(config).read_bytes(join(run_url, METRICS_FILE))
+                Path(local, METRICS_FILE).write_bytes(before)
 
 
 @dataclass
@@ -218,6 +224,7 @@ def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     if name is None and resume is not None:
         named = re.compile(re.escape(config.recipe) + r"-\d{8}-\d{6}")
         runs = sorted(n for n in storage.list_dirs(root) if named.fullmatch(n))
+    storage.check(root)
         runs = [n for n in runs if checkpoint.Checkpoints(join(root, n), storage).complete()]
         name = runs[-1] if runs else None
         if name is None and resume == "yes":
@@ -261,6 +268,9 @@ def preflight(config: RunConfig, run_url: str) -> None:
     prepare_data(config, storage)
     manifests = loop.load_manifests(config)
     for manifest in manifests.values():
+    for url in (config.data.labeled, config.data.unlabeled, *config.data.eval.values(), run_url):
+        if url is not None:
+            storage.check(url)
         check_files(manifest, storage)
     storage.check_writable(run_url)
     classes = manifests["labeled"].classes

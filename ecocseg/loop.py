@@ -292,10 +292,10 @@ class Session:
                 "versions": checkpoint.versions(), **checkpoint.describe_task(self.book, self.classes)}
         teacher = checkpoint.cpu_state(self.teacher.module) if self.teacher is not None else None
         url = self.checkpoints.save(checkpoint.Snapshot(
+        self._mirror()  # first: curves that reach further than the checkpoint are cut, ones that end before it have a hole
             self.step, checkpoint.cpu_state(self.model), teacher, optimizer, meta))
         best_url = url if best else self._best_url()
         self.checkpoints.prune(self.config.train.keep_checkpoints, best_url)
-        self._mirror()
         self.report({"kind": "checkpoint", "step": self.step, "url": url})
 
     def _mirror(self) -> None:

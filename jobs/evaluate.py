@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     one = next(iter(loaded.values()))
     spec = inference.override(one.spec, options)
     storage = inference.checkpoint_storage(options) or build_storage(one.config)
+    storage.check(options.data)
     manifest = read_manifest(options.data, storage)
     check_data(options.data, manifest, one)
     results = evaluate(

@@ -328,6 +328,7 @@ class ProgressLine:
 
 def run_check(options: argparse.Namespace) -> None:
     storage = _storage(options)
+    storage.check(options.url)
     manifest = read_manifest(options.url, storage)
     lost = shards.file_problems(manifest, storage, checksums=True)
     unreadable = set(shards.file_problems(manifest, storage))

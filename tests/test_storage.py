@@ -17,8 +17,9 @@ from PIL import Image
 
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.data.shards import Record, check_files, iter_rows, read_manifest, write_shards
-from ecocseg.errors import InputError
-from ecocseg.storage import Storage, _reach, join
+from ecocseg.errors import InputError, StorageUnavailable, run_main
+from ecocseg.s3 import PART_BYTES, S3File
+from ecocseg.storage import Storage, join
 
 
 def test_join_puts_one_slash_between_parts():
@@ -191,11 +192,60 @@ def test_manifest_out_of_reach_is_not_called_damaged(server, s3):
         read_manifest("s3://bucket/day", s3)
 
 
-def test_s3_failed_upload_leaves_no_object(s3):
-    with pytest.raises(RuntimeError), s3._create("s3://bucket/half") as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert not s3.exists("s3://bucket/half")
+def test_s3_large_files_go_up_in_parts_and_a_failed_upload_leaves_the_old_one(s3, tmp_path, monkeypatch):
+    data = np.random.default_rng(0).bytes(2 * PART_BYTES + 12345)
+    s3.write_bytes("s3://bucket/large", data)
+    assert s3.read_bytes("s3://bucket/large") == data and s3.size("s3://bucket/large") == len(data)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "large").write_bytes(data[::-1])
+    s3.upload_dir(str(tmp_path), "s3://bucket/copy")
+    assert s3.read_bytes("s3://bucket/copy/sub/large") == data[::-1]
+    client = s3._s3().client
+
+    def full(**what):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(client, "upload_part", full)
+    with pytest.raises(StorageUnavailable, match="cannot write s3://bucket/large: ConnectionResetError"):
+        Storage(retries=0).write_bytes("s3://bucket/large", b"new" * PART_BYTES)
+    assert s3.read_bytes("s3://bucket/large") == data
+    assert not client.list_multipart_uploads(Bucket="bucket").get("Uploads")
+
+
+def test_s3_files_are_read_at_any_place_in_pieces_and_empty(s3, monkeypatch):
+    data = np.random.default_rng(1).bytes(300_000)
+    s3.write_bytes("s3://bucket/f", data)
+    file = s3.open_file("s3://bucket/f")
+    assert isinstance(file, S3File) and file.seek(0, os.SEEK_END) == len(data)
+    for first, size in ((0, 10), (1000, 200_000), (290_000, 50_000), (200_000, 100_000), (300_000, 5)):
+        file.seek(first)
+        assert file.read(size) == data[first:first + size] and file.tell() == min(first + size, len(data))
+    s3.write_bytes("s3://bucket/f", data[::-1])
+    file.seek(0)
+    with pytest.raises(StorageUnavailable, match="PreconditionFailed"):  # never bytes of two versions
+        Storage(retries=0).open_file("s3://bucket/f")._s3.fetch("bucket", "f", "0-9", file._etag)
+    monkeypatch.setattr("ecocseg.s3.PIECE_BYTES", 70_000)
+    assert s3.read_bytes("s3://bucket/f") == data[::-1]
+    s3.write_bytes("s3://bucket/empty", b"")
+    assert s3.read_bytes("s3://bucket/empty") == s3.open_file("s3://bucket/empty").read() == b""
+    assert s3.exists("s3://bucket/empty") and s3.size("s3://bucket/empty") == 0
+    with pytest.raises(FileNotFoundError):
+        s3.open_file("s3://bucket/no")
+
+
+def test_s3_folders_of_more_than_a_page(s3, monkeypatch):
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "4")
+    for index in range(11):
+        s3.write_bytes(f"s3://bucket/many/{index:02d}/x", b"")
+    s3.write_bytes("s3://bucket/many-others", b"")
+    assert len(s3._s3().client.list_objects_v2(Bucket="bucket", Prefix="many/")["Contents"]) == 4
+    assert s3.list_dirs("s3://bucket/many") == [f"{index:02d}" for index in range(11)]
+    assert s3.list_files("s3://bucket/many", recursive=True) == [f"{index:02d}/x" for index in range(11)]
+    assert s3.list_files("s3://bucket/many") == [] and s3.list_files("s3://bucket") == ["many-others"]
+    s3.delete("s3://bucket/many")
+    assert s3.list_files("s3://bucket", recursive=True) == ["many-others"]
+    with pytest.raises(InputError, match="whole bucket"):
+        s3.delete("s3://bucket")
 
 
 def test_s3_missing_bucket_says_so(s3):
@@ -203,6 +253,10 @@ def test_s3_missing_bucket_says_so(s3):
         s3.check_writable("s3://nowhere/run")
     with pytest.raises(InputError, match=r"cannot read s3://nowhere/run: there is no such bucket; make it"):
         s3.read_bytes("s3://nowhere/run")
+    with pytest.raises(InputError, match=r"cannot read s3://nowhere/run: there is no such bucket; make it"):
+        s3.check("s3://nowhere/run")
+    with pytest.raises(InputError, match="there can be no such bucket"):
+        s3.read_bytes("s3://a b/run")
 
 
 def test_s3_bad_credentials_say_so_and_are_not_printed(server, s3, monkeypatch):
@@ -214,35 +268,80 @@ def test_s3_bad_credentials_say_so_and_are_not_printed(server, s3, monkeypatch):
         assert "secret-of-mine" not in str(caught.value)
 
 
-@pytest.mark.parametrize("call", ["check_writable", "read_bytes", "exists"])
-def test_dead_endpoint_says_so_soon(s3, call):
+def test_s3_no_credentials_say_so_and_public_buckets_need_none(server, s3, monkeypatch, tmp_path):
+    s3._s3().client.put_object(Bucket="bucket", Key="public", Body=b"for all", ACL="public-read")
+    s3.write_bytes("s3://bucket/private", b"for few")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for call in (s3.check, s3.check_writable, s3.read_bytes):
+        with pytest.raises(InputError, match="s3://bucket/public: there are no credentials; set AWS_ACCESS_KEY_ID"):
+            call("s3://bucket/public")
+    assert Storage(anonymous=True).read_bytes("s3://bucket/public") == b"for all"
+    Storage(anonymous=True).check("s3://bucket/public")  # which one may not list
+    with pytest.raises(InputError, match="s3://bucket/private: access is denied"):
+        Storage(anonymous=True).read_bytes("s3://bucket/private")
+
+
+@pytest.fixture
+def dead():
     with socket.socket() as reserved:  # bound, not listening: connections are refused
         reserved.bind(("127.0.0.1", 0))
-        dead = Storage(endpoint=f"http://127.0.0.1:{reserved.getsockname()[1]}", retries=2)
-        start = time.monotonic()
-        with pytest.raises(InputError, match=r"endpoint http://127.0.0.1:\d+ does not answer"):
-            getattr(dead, call)("s3://bucket/run")
-        assert time.monotonic() - start < 20
+        yield f"http://127.0.0.1:{reserved.getsockname()[1]}"
 
 
-def test_reaching_a_dead_endpoint_ends_whatever_the_retries(monkeypatch):
+@pytest.fixture
+def silent():
+    with socket.socket() as taken:  # takes connections, never answers
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(16)
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("call", ["check_writable", "check"])
+@pytest.mark.parametrize("endpoint", ["dead", "silent"])
+def test_before_a_run_an_endpoint_that_does_not_answer_is_bad_input_soon(s3, request, endpoint, call, monkeypatch):
+    url, pauses, tries = request.getfixturevalue(endpoint), [], []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    soon = Storage(endpoint=url).soon()
+    assert (soon.retries + 1) * soon.timeout + sum(0.25 * 2 ** n for n in range(soon.retries)) < 20
+    monkeypatch.setattr(Storage, "soon", lambda self: tries.append(1) or Storage(endpoint=url, retries=2, timeout=0.2))
+    with pytest.raises(InputError, match=rf"cannot .* s3://bucket/run: .*endpoint {url} does not answer .*storage.endpoint"):
+        getattr(Storage(endpoint=url), call)("s3://bucket/run")
+    assert len(tries) == 1 and len(pauses) == 2
+
+
+@pytest.mark.parametrize("call", ["read_bytes", "exists", "list_files", "delete", "open_file"])
+def test_during_a_run_it_is_no_bad_input_and_tried_again(s3, dead, call, monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(StorageUnavailable, match=rf"endpoint {dead} does not answer \(6 tries") as caught:
+        getattr(Storage(endpoint=dead, retries=5), call)("s3://bucket/run")
+    assert not isinstance(caught.value, (OSError, InputError))
+    assert all(0.5 <= pause / (0.25 * 2 ** n) <= 1 for n, pause in enumerate(pauses)) and len(pauses) == 5
+
+    def fail():
+        raise caught.value
+
+    assert run_main(fail) == 1 and "does not answer" in capsys.readouterr().err
+
+
+def test_no_try_begins_after_the_deadline(s3, dead, monkeypatch):
     passed = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: passed[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
-    with pytest.raises(InputError, match="does not answer"):
-        _reach("http://no-such-host.invalid:1", 1000)
-    assert passed[0] <= 10
+    with pytest.raises(StorageUnavailable, match="does not answer"):
+        Storage(endpoint=dead, retries=1000, deadline=60).read_bytes("s3://bucket/run")
+    assert 40 <= passed[0] <= 60
 
 
-@pytest.mark.parametrize("call", ["check_writable", "read_bytes"])
-def test_silent_endpoint_says_so_soon(s3, call):
-    with socket.socket() as silent:  # takes connections, never answers
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(16)
-        start = time.monotonic()
-        with pytest.raises(InputError, match=r"endpoint http://127.0.0.1:\d+ does not answer"):
-            getattr(Storage(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"), call)("s3://bucket/run")
-        assert time.monotonic() - start < 20
+def test_credentials_in_urls_are_refused_and_not_printed(s3):
+    for make in (lambda: Storage(endpoint="http://me:secret-of-mine@127.0.0.1:1"),
+                 lambda: s3.read_bytes("s3://me:secret-of-mine@bucket/k")):
+        with pytest.raises(InputError, match="AWS_ACCESS_KEY_ID") as caught:
+            make()
+        assert "secret-of-mine" not in str(caught.value)
 
 
 @pytest.mark.parametrize("endpoint", ["ftp://127.0.0.1", "http://127.0.0.1:port"])

@@ -13,7 +13,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from ecocseg.storage import Storage, join, reason
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MANIFEST_RETRIES = 3
 SHARD_NAME = re.compile(r"(\.\./(?!\.)[^/]+/)?(?!\.)[^/]+")
 """Of a shard in the manifest's folder or one beside it, and nowhere else."""
 ROW_GROUP_BYTES = 8 << 20
@@ -222,11 +221,9 @@ def read_manifest(url: str, storage: Storage | None = None) -> Manifest:
         InputError: when there is none, it is damaged or of another version, or its storage cannot be read.
     """
     storage = storage or Storage()
-    # the first thing asked of a storage: retried for seconds, so that a wrong endpoint or network shows soon
-    soon = replace(storage, retries=min(storage.retries, MANIFEST_RETRIES))
     where = join(url, MANIFEST)
     try:
-        data = soon.read_bytes(where)
+        data = storage.read_bytes(where)
     except FileNotFoundError:
         raise InputError(f"no shards at {url}: {MANIFEST} is missing; jobs/prepare_shards.py makes them") from None
     try:
@@ -294,7 +291,7 @@ def _parquet(manifest: Manifest, file_index: int, storage: Storage | None) -> pq
     where = manifest.url_of(manifest.files[file_index])
     fs, path = (storage or Storage()).open(where)
     try:
-        return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True, page_checksum_verification=True)
+        return pq.ParquetFile((storage or Storage()).open_file(where), pre_buffer=True, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise _shard_error(where, error) from None
 
