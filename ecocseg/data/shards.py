@@ -289,7 +289,6 @@ def check_files(manifest: Manifest, storage: Storage | None = None, checksums: b
 
 def _parquet(manifest: Manifest, file_index: int, storage: Storage | None) -> pq.ParquetFile:
     where = manifest.url_of(manifest.files[file_index])
-    fs, path = (storage or Storage()).open(where)
     try:
         return pq.ParquetFile((storage or Storage()).open_file(where), pre_buffer=True, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
