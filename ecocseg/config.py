@@ -68,8 +68,10 @@ class DataConfig(Section):
     """Number of lanes the sample order is woven from; workers must divide it. null = batch size, up to 64."""
     prefetch_mb: int = Field(256, ge=1)
     """Megabytes of encoded images read ahead per stream and worker."""
+    decode: Literal["beside", "ray"] = "beside"
+    """Where images are decoded and cropped: beside the trainer by its threads, or by Ray tasks on nodes with free CPUs."""
     decode_threads: int = Field(1, ge=1)
-    """Number of decoding threads per stream and worker."""
+    """Number of decoding threads per stream and worker; with decode=ray, of its tasks under way, each with one CPU."""
     damage_limit: float = Field(0.001, ge=0, le=1)
     """Share of a stream's rows that may be damaged: they are put aside and listed in the run's folder; more end the run."""
     read_cpus: float = Field(0.25, gt=0)
@@ -267,7 +269,7 @@ class EngineConfig(Section):
     compile: bool = False
     """Compile student and teacher with torch.compile."""
     channels_last: bool = False
-    """Keep images and convolution weights in channels-last memory order."""
+    """Keep images and feature maps in channels-last memory order: faster convolutions, on CPU and in bf16 on GPU."""
     sync_batch_norm: bool = False
     """Compute batch norm statistics over all workers (GPU only)."""
     threads: int | None = Field(None, ge=1)
@@ -437,6 +439,8 @@ def _conflicts(config: RunConfig) -> list[str]:
                         "give weights, or method.feature_distance=0")
     if config.method.feature_distance > 0 and not config.method.feature_distance_classes:
         problems.append("method.feature_distance_classes: empty; name the thing classes' ids, or method.feature_distance=0")
+    if config.data.decode == "ray" and config.data.loader != "ray":
+        problems.append("data.decode: ray needs data.loader=ray; decode beside the trainer, or read with Ray")
     if config.method.ignore_top + config.method.ignore_bottom >= config.data.crop[0]:
         problems.append(f"method.ignore_top + method.ignore_bottom: {config.method.ignore_top + config.method.ignore_bottom} "
                         f"rows leave nothing of data.crop's {config.data.crop[0]}")

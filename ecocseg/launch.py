@@ -71,11 +71,14 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
         raise InputError(f"launch.workers: {workers} workers need {workers} CPU cores, the cluster has {cpus:g}; "
                          f"use {int(cpus)} or fewer")
     loop.micro_batches(config, workers)
-    ingest = max(1.0, workers * len(config.streams) * config.data.read_cpus) if config.data.loader == "ray" else 0.0
+    data = config.data
+    per_stream = data.read_cpus + (data.decode_threads if data.decode == "ray" else 0)
+    ingest = max(1.0, workers * len(config.streams) * per_stream) if data.loader == "ray" else 0.0
     share = config.launch.cpus_per_worker or min(4.0, int((cpus - ingest) / workers * 100) / 100)
     if share < LEAST_CPU or workers * share + ingest > cpus + 1e-9:
         raise InputError(f"launch.workers: {workers} worker(s) x {share:g} CPU + {ingest:g} CPU for ingest exceed the "
-                         f"cluster's {cpus:g} CPUs; use fewer workers, a smaller launch.cpus_per_worker or data.read_cpus")
+                         f"cluster's {cpus:g} CPUs; use fewer workers, a smaller launch.cpus_per_worker, "
+                         "data.read_cpus or data.decode_threads")
     # Not more threads than the worker's share: spinning threads and Ray's own would fight for the cores.
     threads = config.engine.threads or max(1, int(share))
     return Resources(workers, share, use_gpu, ingest, threads)

@@ -85,9 +85,10 @@ class Session:
         self.coding = checkpoint.build_coding(config.coding, self.book, self.classes.num_classes)
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.spec = checkpoint.build_spec(config)
-        model: nn.Module = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage).to(world.device)
+        segmenter = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage).to(world.device)
         if config.engine.channels_last:  # convolutions keep their input's order; DeepSpeed wants weights in plain order
-            model.memory_format = torch.channels_last
+            segmenter.memory_format = torch.channels_last
+        model: nn.Module = segmenter
         if config.engine.sync_batch_norm and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: Any = model
@@ -436,6 +437,7 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
         sampling="rare_class" if rare else "uniform",
         rare_class=RareClass(data.rare_temperature, rare_pixels) if rare else None, transform=transform,
         rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
-        micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode_threads=data.decode_threads,
+        micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode=data.decode,
+        decode_threads=data.decode_threads,
         read_cpus=data.read_cpus, damage_limit=data.damage_limit, storage=checkpoint.build_storage(config),
         columns=("image_id", "image", "mask") if labeled else ("image_id", "image"))

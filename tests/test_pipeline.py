@@ -223,11 +223,12 @@ def damaged_set(where):
     return read_manifest(str(where))
 
 
-def test_damaged_rows_are_put_aside(tmp_path):
+@pytest.mark.parametrize("decode", ["beside", "ray"])
+def test_damaged_rows_are_put_aside(tmp_path, decode, local_ray):
     """Their places are padding, all other samples are as without damage, and each is named once by shard and row."""
     manifest = damaged_set(tmp_path / "bad")
     write_shards(records(8), str(tmp_path / "good"), dataset="demo", classes=CLASSES, row_group_rows=3)
-    with stream(manifest, damage_limit=0.5) as source:
+    with stream(manifest, damage_limit=0.5, decode=decode) as source:
         batches = list(islice(source, 3))
         damaged = source.damaged
     whole = take(stream(read_manifest(str(tmp_path / "good"))), 3)
@@ -317,6 +318,7 @@ def test_ray_gives_the_same_batches(manifest, monkeypatch, local_ray):
     same(take(stream(manifest, loader="ray"), 25), take(stream(manifest), 25))
     part = {"start_step": 9, "rank": 1, "world": 2} | rare
     same(take(stream(manifest, loader="ray", **part), 6), take(stream(manifest, **part), 6))
+    same(take(stream(manifest, decode="ray", decode_threads=3, **part), 6), take(stream(manifest, **part), 6))
     missing = read_manifest(manifest.url)
     object.__setattr__(missing, "url", manifest.url + "-gone")
     with pytest.raises(InputError, match="gone"):

@@ -1,9 +1,9 @@
 """A stream: the shards of one data set as an endless sequence of global batches, of which each rank gets its slice.
 
 Order (order.py) -> items (reading.py) -> Ray Data tasks or threads read encoded rows -> one thread puts rows in order
-and hands them to decode threads, which write crops straight into the batch -> the consumer. Every queue is bounded;
-the memory a rank holds is one window per lane and `prefetch_bytes`, whatever the size of the set. Legend: B samples
-of a micro-batch, H W pixels of the crop.
+and hands them to decode threads, which write crops straight into the batch, or have Ray tasks make them (decoding.py)
+-> the consumer. Every queue is bounded; the memory a rank holds is one window per lane and `prefetch_bytes`, whatever
+the size of the set. Legend: B samples of a micro-batch, H W pixels of the crop.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ecocseg.data.decoding import TASK_ROWS, Decoder, Encoded, RayDecoder
 from ecocseg.data.order import Ints, Order, RareClass, default_lanes, stream_key
 from ecocseg.data.reading import Item, RaySource, ThreadSource, WindowRows, plan_items, read_rows, table_rows
-from ecocseg.data.transforms import IGNORE, Sample, WeakTransform
+from ecocseg.data.transforms import IGNORE, WeakTransform
 from ecocseg.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Batch:
 class _Row:
     """A row as it was read: image_id, image and mask; the class it was drawn for (-1: none); where it lies."""
 
-    content: tuple
+    content: tuple[str, bytes, bytes | None]
     focus: int
     file: int
     group: int
@@ -92,9 +93,11 @@ class Stream:
     batch.
 
     A step's content is a pure function of (manifest, name, seed, global_batch, sampling, transform, lanes, step): the
-    same for any `world` that divides the lanes, any `start_step`, and either loader. `loader="ray"` needs a Ray
-    runtime; `"torch"` reads with threads of this process. `columns` are the shard columns to read; leave out "mask"
-    to stream without labels. `wait_seconds` is the time the consumer has waited so far.
+    same for any `world` that divides the lanes, any `start_step`, either loader and either place to decode.
+    `loader="ray"` and `decode="ray"` need a Ray runtime; `loader="torch"` reads with threads of this process, and
+    `decode="beside"` decodes with `decode_threads` of them, where `"ray"` has as many Ray tasks under way. `columns` are
+    the shard columns to read; leave out "mask" to stream without labels. `wait_seconds` is the time the consumer has
+    waited so far.
 
     A damaged row (it does not decode, its mask has another size or an id that is no class) is put aside: its place in
     the batch is padding, so that no other sample moves, and `damaged` names its shard and row. InputError with that list
@@ -119,6 +122,7 @@ class Stream:
         loader: Literal["ray", "torch"] = "ray",
         micro_batches: int = 1,
         prefetch_bytes: int = 64 << 20,
+        decode: Literal["beside", "ray"] = "beside",
         decode_threads: int = 2,
         read_cpus: float = 0.25,
         storage: Storage | None = None,
@@ -147,6 +151,9 @@ class Stream:
         self.damaged: dict[tuple[str, int], str] = {}
         self.most_damaged = int(damage_limit * manifest.num_rows)
         self._loader, self._prefetch, self._read_cpus = loader, prefetch_bytes, read_cpus
+        self._decoder = Decoder(transform, manifest.classes, seed, stream_key(name))
+        self._remote = RayDecoder(self._decoder) if decode == "ray" else None
+        self._task_rows = min(TASK_ROWS, max(1, -(-self.width // micro_batches // decode_threads)))
         self._stage = "planning"
         self._stopped = threading.Event()
         ahead = max(1, -(-2 * decode_threads // self.width))
@@ -305,37 +312,42 @@ class Stream:
                 [row.content[0] for row in part],
             )
             pending.batches.append(batch)
-            for i, row in enumerate(part):
-                pending.samples.append(self._decoders.submit(self._decode, batch, i, row, start + begin + i))
+            encoded = [Encoded(*row.content[:3], start + begin + i, row.focus) for i, row in enumerate(part)]
+            step_rows, work = (1, self._decode) if self._remote is None else (self._task_rows, self._decode_remotely)
+            for i in range(0, size, step_rows):
+                few = slice(i, i + step_rows)
+                pending.samples.append(self._decoders.submit(work, batch, i, encoded[few], part[few]))
         return pending
 
-    def _decode(self, batch: Batch, i: int, row: _Row, position: int) -> None:
-        image_id, image, mask = row.content
-        rng = np.random.default_rng([self.seed, stream_key(self.name), position])
+    def _decode(self, batch: Batch, i: int, encoded: list[Encoded], rows: list[_Row]) -> None:
+        """Thread: decode one row into place `i` of its batch."""
         try:
-            sample = self.transform(image, mask, rng, row.focus if row.focus >= 0 else None, image_id=image_id)
-            self._check_ids(sample, image_id)
+            sample = self._decoder(encoded[0])
         except InputError as error:
-            self._put_aside(row, error)
-            sample = Sample(np.zeros((3, *self.transform.crop), np.uint8), None, np.zeros(self.transform.crop, bool))
+            self._put_aside(rows[0], str(error))
+            sample = self._decoder.blank()
         batch.image.numpy()[i] = sample.image
         batch.valid.numpy()[i] = sample.valid
         if batch.labels is not None:
             batch.labels.numpy()[i] = IGNORE if sample.labels is None else sample.labels
 
-    def _check_ids(self, sample: Sample, image_id: str) -> None:
-        if sample.labels is None:
-            return
-        classes = self.manifest.classes
-        bad_HW = (sample.labels >= classes.num_classes) & (sample.labels != IGNORE)
-        if bad_HW.any():
-            raise InputError(f"image_id {image_id!r}: its mask holds id {sample.labels[bad_HW].min()}, the classes of "
-                             f"'{classes.name}' are 0 to {classes.num_classes - 1}; pack it again")
+    def _decode_remotely(self, batch: Batch, i: int, encoded: list[Encoded], rows: list[_Row]) -> None:
+        """Thread: have a Ray task decode some rows, and copy them into their batch from place `i` on."""
+        assert self._remote is not None
+        found = self._remote.decode(encoded)
+        for row, damage in zip(rows, found.damage, strict=True):
+            if damage is not None:
+                self._put_aside(row, damage)
+        few = slice(i, i + len(rows))
+        batch.image.numpy()[few] = found.image
+        batch.valid.numpy()[few] = found.valid
+        if batch.labels is not None:
+            batch.labels.numpy()[few] = found.labels
 
-    def _put_aside(self, row: _Row, error: InputError) -> None:
+    def _put_aside(self, row: _Row, damage: str) -> None:
         """Note a damaged row; too many of them end the stream."""
         file = self.manifest.files[row.file]
-        self.damaged[file.name, sum(file.row_groups[: row.group]) + row.row] = str(error)
+        self.damaged[file.name, sum(file.row_groups[: row.group]) + row.row] = damage
         if len(self.damaged) > self.most_damaged:
             raise damage_error(self.name, self.manifest, self.damaged, self.most_damaged) from None
 
