@@ -27,7 +27,7 @@ SOURCE_ONLY: dict[str, dict[str, Any]] = {"method": {"kind": "supervised", "feat
 def main(description: str, default_recipe: str, argv: Sequence[str] | None = None) -> int:
     args = parse(description, default_recipe, argv)
     if args.list:
-        print(list_recipes())
+        print(list_recipes(load(default_recipe).is_adaptation))
         return 0
     config = load(args.recipe, args.config, args.overrides)
     if args.smoke:
@@ -75,12 +75,35 @@ def parse(description: str, default_recipe: str, argv: Sequence[str] | None) -> 
     return parser.parse_intermixed_args(words)
 
 
-def list_recipes() -> str:
-    rows = [(name, load(name)) for name in recipe_names()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {c.method.kind:<14} {c.model.encoder} + {c.model.head}, {c.train.steps} steps"
-                     f"{'; published ' + c.published if c.published else ''}\n{' ' * width}  {c.description}"
-                     for name, c in rows)
+def list_recipes(adaptation_first: bool = True) -> str:
+    """Every recipe with its method, model, schedule, data and published result; adaptation or few labels first."""
+    sizes: dict[str, float] = {}
+    blocks: dict[bool, list[str]] = {True: [], False: []}
+    for name in recipe_names():
+        config = load(name)
+        model, train, data = config.model, config.train, config.data
+        key = model.model_dump_json()
+        if key not in sizes:
+            sizes[key] = model_millions(config)
+        urls = [url for url in (data.labeled, data.unlabeled, *data.eval.values()) if url is not None]
+        unlabeled = f" + {train.unlabeled_batch}" if config.needs_unlabeled else ""
+        lines = [f"{name}: {config.description}",
+                 f"  {config.method.kind}, {model.encoder} + {model.head} ({sizes[key]:.1f} M parameters), {train.steps} steps of "
+                 f"{train.labeled_batch}{unlabeled} images", f"  data {', '.join(urls)}"]
+        lines += [f"  published {config.published}"] if config.published else []
+        blocks[config.is_adaptation].append("\n".join(lines))
+    titles = {True: "to another domain (jobs/train_uda.py)", False: "few labels (jobs/train_ssl.py)"}
+    order = (adaptation_first, not adaptation_first)
+    return "\n".join(line for kind in order for line in (f"# {titles[kind]}", *blocks[kind]))
+
+
+def model_millions(config: RunConfig) -> float:
+    """Millions of parameters of a recipe's model, to a tenth whatever the number of outputs."""
+    import torch
+
+    with torch.device("meta"):
+        model = checkpoint.build_model(config.model, 1, pretrained=False)
+    return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def dry_run(config: RunConfig) -> str:

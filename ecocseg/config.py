@@ -17,6 +17,8 @@ from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+CONSISTENCY = ("fixmatch", "unimatch", "unimatch_v2")
+"""Methods in which a weak view's labels teach strong views of the same image."""
 Size = tuple[int, int]
 
 
@@ -33,8 +35,8 @@ class DataConfig(Section):
     """URLs of labelled evaluation shards by name; the first is the one that counts."""
     classes: str | None = None
     """Built-in class list the shards must have (see ecocseg/data/classes.py); null = whatever they have."""
-    prepare: Literal["demo"] | None = None
-    """Data set to make at these URLs when they hold nothing yet; `demo` is the built-in one."""
+    prepare: Literal["demo", "demo_ssl"] | None = None
+    """Data set to make at these URLs when they hold nothing yet: built-in scenes of two domains, or of one with few labels."""
     crop: Size = (512, 512)
     """Pixels (height, width) of a training crop."""
     resize_labeled: Size | None = None
@@ -360,11 +362,17 @@ class RunConfig(Section):
         return self.method.kind != "supervised"
 
     @property
+    def is_adaptation(self) -> bool:
+        """The unlabelled images are of another domain; else labelled and unlabelled ones are of one kind."""
+        return self.method.kind not in CONSISTENCY
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """Names of the streams a step reads; `partner` is the unlabelled images in an order of their own, for CutMix."""
         if not self.needs_unlabeled:
             return ("labeled",)
-        return ("labeled", "unlabeled", "partner") if self.method.kind in ("fixmatch", "unimatch") else ("labeled", "unlabeled")
+        return ("labeled", "unlabeled") if self.is_adaptation or self.method.kind == "unimatch_v2" else (
+            "labeled", "unlabeled", "partner")
 
     def updated(self, **sections: dict[str, Any]) -> RunConfig:
         """A copy with some keys replaced, section by section: `config.updated(train={"seed": 1})`."""
@@ -462,7 +470,7 @@ def _conflicts(config: RunConfig) -> list[str]:
 def _consistency_conflicts(config: RunConfig) -> list[str]:
     """What FixMatch, UniMatch and hard pixel mining cannot do together with other keys."""
     method, problems = config.method, []
-    if method.kind in ("fixmatch", "unimatch", "unimatch_v2"):
+    if method.kind in CONSISTENCY:
         unused = {"ignore_top": 0, "ignore_bottom": 0, "feature_distance": 0.0}
         problems += [f"method.{key}: method.kind={method.kind} has no such thing; leave it at {default:g}, or use self_training"
                      for key, default in unused.items() if getattr(method, key) != default]

@@ -289,13 +289,13 @@ def preflight(config: RunConfig, run_url: str) -> None:
 
 def prepare_data(config: RunConfig, storage: Storage) -> None:
     """Make the built-in data set where the recipe wants it and it is not yet."""
-    if config.data.prepare != "demo" or storage.exists(join(str(config.data.labeled), "manifest.json")):
+    if config.data.prepare is None or storage.exists(join(str(config.data.labeled), "manifest.json")):
         return
     from ecocseg.data.sources import demo
 
     root = str(config.data.labeled).rstrip("/").rpartition("/")[0]
     print(f"making the demo scenes in {root}")
-    demo.prepare(root, storage=storage)
+    demo.prepare(root, demo.SSL_PARTS if config.data.prepare == "demo_ssl" else demo.PARTS, storage=storage)
 
 
 def write_run_files(config: RunConfig, run_url: str) -> None:

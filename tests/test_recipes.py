@@ -33,7 +33,8 @@ PUBLISHED_MILLIONS = {
 def checked(model: str, coding: str, classes: str) -> str:
     """The dry run's lines on classes, coding and model, given their configurations as JSON: many recipes share them."""
     config = load("demo").updated(model=json.loads(model), coding=json.loads(coding))
-    return "\n".join(cli.task_lines(config, CLASS_LISTS[classes], forward=False))
+    lines = cli.task_lines(config, CLASS_LISTS[classes], forward=False)
+    return "\n".join(line for line in lines if line.startswith(("classes", "coding", "model")))
 
 
 def task_text(config: RunConfig) -> str:
