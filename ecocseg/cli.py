@@ -88,8 +88,8 @@ def list_recipes(adaptation_first: bool = True) -> str:
         urls = [url for url in (data.labeled, data.unlabeled, *data.eval.values()) if url is not None]
         unlabeled = f" + {train.unlabeled_batch}" if config.needs_unlabeled else ""
         lines = [f"{name}: {config.description}",
-                 f"  {config.method.kind}, {model.encoder} + {model.head} ({sizes[key]:.1f} M parameters), {train.steps} steps of "
-                 f"{train.labeled_batch}{unlabeled} images", f"  data {', '.join(urls)}"]
+                 f"  {config.method.kind}, {model.encoder} + {model.head} ({sizes[key]:.1f} M parameters), {train.steps} steps "
+                 f"of {train.labeled_batch}{unlabeled} images", f"  data {', '.join(urls)}"]
         lines += [f"  published {config.published}"] if config.published else []
         blocks[config.is_adaptation].append("\n".join(lines))
     titles = {True: "to another domain (jobs/train_uda.py)", False: "few labels (jobs/train_ssl.py)"}
