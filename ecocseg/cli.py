@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ecocseg import checkpoint, launch, loop
+from ecocseg import checkpoint, launch, loop, memory
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, validate
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
@@ -115,7 +115,7 @@ def dry_run(config: RunConfig) -> str:
     lines = [f"recipe      {config.recipe}: {config.description}", f"run folder  {run_url} (writable)"]
     lines += [f"data        {name}: {m.num_rows} images, {m.num_labeled} with masks, {len(m.files)} shard(s), {m.url}"
               for name, m in manifests.items()]
-    lines += [*task_lines(config, manifests["labeled"].classes, forward=True),
+    lines += [*task_lines(config, manifests["labeled"].classes, forward=True, workers=resources.workers),
               f"resources   {resources.describe()}; {loop.micro_batches(config, resources.workers)} micro-batch(es)",
               "all checks passed; nothing was trained"]
     return "\n".join(lines)
@@ -136,8 +136,8 @@ def dry_run_without_data(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def task_lines(config: RunConfig, classes: ClassList, forward: bool) -> list[str]:
-    """Classes, coding and model of a run; with `forward` the model is built, run once, and its output's shape shown."""
+def task_lines(config: RunConfig, classes: ClassList, forward: bool, workers: int = 1) -> list[str]:
+    """Classes, coding, model and memory of a run; with `forward` the model is built, run once, and its output's shape shown."""
     import torch
 
     book = checkpoint.build_codebook(config.coding, classes)
@@ -151,7 +151,9 @@ def task_lines(config: RunConfig, classes: ClassList, forward: bool) -> list[str
         with torch.no_grad():
             shape = f", crop {tuple(config.data.crop)} -> logits {tuple(model(torch.zeros(1, 3, *config.data.crop)).shape)}"
     return [f"classes     {classes.num_classes}: {', '.join(classes.names)}", f"coding      {coding.describe()}",
-            f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters{shape}"]
+            f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters{shape}",
+            f"learning    {loop.lr_line(config)}",
+            f"memory      {memory.estimate(config, model, workers, loop.micro_batches(config, workers)).describe()}"]
 
 
 def run_one(config: RunConfig, resume: str | None, display: ProgressDisplay) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -232,6 +233,10 @@ class OptimConfig(Section):
     """Decay after the warm-up: (1 - step/steps)^power, or none."""
     power: float = Field(1.0, gt=0)
     """Power of the polynomial decay; 1 = linear (DAFormer), 0.9 (UniMatch)."""
+    lr_rule: Literal["fixed", "linear", "sqrt"] = "fixed"
+    """What another train.labeled_batch than lr_batch does to lr: nothing, multiply it by their ratio, or by its root."""
+    lr_batch: int | None = Field(None, ge=1)
+    """Labelled images per optimiser step that lr is meant for; null = the recipe's own train.labeled_batch."""
     gradient_clipping: float = Field(0.0, ge=0)
     """Largest norm of the whole gradient; 0 = no clipping."""
 
@@ -287,6 +292,8 @@ class LaunchConfig(Section):
     """CPUs reserved by a worker; null = what ingest leaves, up to 4."""
     max_failures: int = Field(3, ge=0)
     """Number of times a run is restarted after a worker is lost."""
+    check_memory: bool = True
+    """Refuse a step that is estimated to take more memory than the worker's device has."""
 
 
 class EvalConfig(Section):
@@ -374,6 +381,12 @@ class RunConfig(Section):
         return ("labeled", "unlabeled") if self.is_adaptation or self.method.kind == "unimatch_v2" else (
             "labeled", "unlabeled", "partner")
 
+    @property
+    def lr_factor(self) -> float:
+        """What optim.lr is multiplied by, as optim.lr_rule says."""
+        ratio = self.train.labeled_batch / (self.optim.lr_batch or self.train.labeled_batch)
+        return {"fixed": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.optim.lr_rule]
+
     def updated(self, **sections: dict[str, Any]) -> RunConfig:
         """A copy with some keys replaced, section by section: `config.updated(train={"seed": 1})`."""
         plain = self.model_dump(mode="json")
@@ -404,9 +417,17 @@ def load(recipe: str | None = None, file: str | None = None, overrides: Sequence
         plain = _read(RECIPES / f"{name}.yaml")
     if not plain.get("recipe"):
         plain["recipe"] = name
+    _note_batch(plain)
     for override in overrides:
         _apply(plain, override)
     return validate(plain)
+
+
+def _note_batch(plain: dict[str, Any]) -> None:
+    """Keep the batch that a recipe's learning rate is meant for, before overrides change it."""
+    train, optim = plain.setdefault("train", {}), plain.setdefault("optim", {})
+    if isinstance(train, dict) and isinstance(optim, dict) and optim.get("lr_batch") is None:
+        optim["lr_batch"] = train.get("labeled_batch", TrainConfig.model_fields["labeled_batch"].default)
 
 
 def validate(plain: dict[str, Any]) -> RunConfig:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecocseg import checkpoint
+from ecocseg import checkpoint, memory
 from ecocseg.config import RunConfig
 from ecocseg.data.classes import CLASS_LISTS, IGNORE
 from ecocseg.data.order import RareClass
@@ -92,6 +92,8 @@ class Session:
         if config.engine.sync_batch_norm and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: Any = model
+        self.micro_batches = micro_batches(config, world.size)
+        self.memory = memory.check(config, model, world, self.micro_batches)
         pretrained = None
         if config.method.feature_distance > 0:
             frozen = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage)
@@ -100,9 +102,9 @@ class Session:
         kind = METHODS[config.method.kind]
         self.method = kind(config.method, self.coding, self.normalize, pretrained)
         self.teacher = Teacher(model, config.method.ema_decay, kind.whole_teacher) if kind.needs_teacher else None
-        self.micro_batches = micro_batches(config, world.size)
         optim = config.optim
-        groups = parameter_groups(self.model, optim.lr, optim.decoder_lr_factor, optim.weight_decay, optim.no_decay)
+        groups = parameter_groups(self.model, optim.lr * config.lr_factor, optim.decoder_lr_factor, optim.weight_decay,
+                                  optim.no_decay)
         if config.engine.compile:
             model.compile()
             if self.teacher is not None:
@@ -222,7 +224,7 @@ class Session:
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower optim.lr or set optim.gradient_clipping; "
                                      "the last checkpoint is from before")
         self._note_damage()
-        scalars.update(clock.read(self.step), lr=self.config.optim.lr * schedule(
+        scalars.update(clock.read(self.step), lr=self.config.optim.lr * self.config.lr_factor * schedule(
             self.config.optim, self.config.train.steps, self.step - 1))
         stop = self._record(scalars) if self.world.rank == 0 else False
         return bool(self.world.sum(torch.tensor(float(stop), device=self.world.device)).item() > 0)
@@ -320,7 +322,8 @@ class Session:
     def batch_line(self) -> str:
         train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.method.needs_unlabeled else ""
         return (f"{train.labeled_batch}{unlabeled} images a step over {self.world.size} worker(s), "
-                f"{self.micro_batches} micro-batch(es) each")
+                f"{self.micro_batches} micro-batch(es) each; {lr_line(self.config)}"
+                + (f"; memory {self.memory.describe()}" if self.memory else ""))
 
     def _say(self, text: str) -> None:
         self.report({"kind": "message", "text": text})
@@ -361,6 +364,16 @@ class Clock:
 
 def batch_size(config: RunConfig, stream: str) -> int:
     return config.train.labeled_batch if stream == "labeled" else config.train.unlabeled_batch
+
+
+def lr_line(config: RunConfig) -> str:
+    """The learning rate, and what became of it where the batch is not the one it was chosen for."""
+    optim, size = config.optim, config.train.labeled_batch
+    text = f"learning rate {optim.lr * config.lr_factor:.3g}"
+    if optim.lr_batch in (None, size):
+        return text
+    kept = "kept as it is (optim.lr_rule=fixed)" if optim.lr_rule == "fixed" else f"by optim.lr_rule={optim.lr_rule}"
+    return f"{text}, {kept}: the recipe has {optim.lr:.3g} for {optim.lr_batch} labelled images a step, this run {size}"
 
 
 def micro_batches(config: RunConfig, workers: int) -> int:

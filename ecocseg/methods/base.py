@@ -63,6 +63,11 @@ class Method:
         """The losses of this step, in order. Each builds its own graph when called."""
         raise NotImplementedError
 
+    @classmethod
+    def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
+        """Images in the largest graph of a step whose micro-batch has so many; for the estimate of its memory."""
+        return max(labeled, unlabeled) if cls.needs_unlabeled else labeled
+
     def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
         """Counts of unlabelled pixels that the method's losses are averaged over, if it wants them summed over all workers
         and micro-batches before the step. Shape: [number of counts]."""

@@ -35,6 +35,10 @@ class FixMatch(Supervised):
         return [lambda: self.weak_loss(given, labels) / 2,
                 lambda: self.config.mixed_weight * self.strong_loss(given, labels) / 2]
 
+    @classmethod
+    def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
+        return max(labeled + unlabeled, cls.num_views * unlabeled)
+
     def weak_loss(self, given: StepInput, labels: list[Target]) -> Tensor:
         """Loss of the labelled images, and labels of the unlabelled ones by the same pass. Shape: scalar."""
         unlabeled, partner = self.unlabeled(given), self.partner(given)

@@ -19,6 +19,10 @@ from ecocseg.methods.fixmatch import CHANNELS, FixMatch
 class UniMatch(FixMatch):
     num_views = 2
 
+    @classmethod
+    def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
+        return 2 * (labeled + unlabeled)  # all are decoded twice, though encoded once
+
     def weak_loss(self, given: StepInput, labels: list[Target]) -> Tensor:
         """Loss of the labelled images and of the view of perturbed features, and the labels it is taught. Shape: scalar."""
         unlabeled = self.unlabeled(given)

@@ -28,6 +28,10 @@ class UniMatchV2(FixMatch):
     whole_teacher = True
     num_views = 2
 
+    @classmethod
+    def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
+        return max(labeled, cls.num_views * unlabeled)
+
     def parts(self, given: StepInput) -> list[Part]:
         return [lambda: self.labeled_loss(given) / 2,
                 lambda: self.config.mixed_weight * self.strong_loss(given, self.teacher_labels(given)) / 2]

@@ -1,0 +1,93 @@
+"""What a step is said to take: against the arithmetic of a model written out by hand, and against a real backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from ecocseg import checkpoint, loop, memory
+from ecocseg.config import RunConfig, load
+from ecocseg.engine import World
+from ecocseg.errors import InputError
+
+
+def config(folder: Path, **changes: object) -> RunConfig:
+    return tiny_config(folder / "data", folder, **changes)
+
+
+def model_of(config: RunConfig) -> nn.Module:
+    return checkpoint.build_model(config.model, 7, pretrained=False)
+
+
+def test_saved_bytes_of_a_network_written_out_by_hand() -> None:
+    """A convolution keeps its input, an in-place ReLU its result, a second convolution that same tensor."""
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
+    assert memory.saved_bytes(net, 2, (16, 24)) == 4 * 2 * 16 * 24 * (3 + 8)
+
+
+def test_saved_bytes_are_those_of_a_real_forward_pass(tmp_path: Path) -> None:
+    model = model_of(config(tmp_path)).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randn(2, 3, 64, 96))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    assert memory.saved_bytes(model.to("meta"), 2, (64, 96)) == pytest.approx(real, rel=0.02)
+
+
+def test_what_is_kept_by_engine_optimiser_and_method(tmp_path: Path) -> None:
+    plain = config(tmp_path)
+    model = model_of(plain)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    whole = memory.estimate(plain, model, 1, 1)
+    assert (whole.weights, whole.gradients, whole.optimizer) == (2 * weights, weights, 2 * weights)  # student and teacher
+    assert next(model.parameters()).device.type == "cpu"
+    alone = memory.estimate(config(tmp_path, method__kind="supervised", optim__kind="sgd"), model, 1, 1)
+    assert (alone.weights, alone.optimizer) == (weights, weights)
+    sharded = memory.estimate(config(tmp_path, engine__kind="deepspeed", engine__zero_stage=1), model, 4, 1)
+    assert sharded.optimizer == 3 * weights // 4
+    halves = memory.estimate(plain, model, 1, 2)
+    assert (whole.images, halves.images) == (4, 2) and halves.activations * 2 == pytest.approx(whole.activations, abs=4)
+    narrow = memory.estimate(config(tmp_path, engine__precision="bf16"), model, 1, 1)
+    assert narrow.activations < whole.activations
+
+
+@pytest.mark.parametrize(("method", "images"), [
+    ("supervised", 4), ("self_training", 4), ("fixmatch", 8), ("unimatch", 16), ("unimatch_v2", 8)])
+def test_images_in_the_largest_graph(tmp_path: Path, method: str, images: int) -> None:
+    changed = config(tmp_path, method__kind=method)
+    assert memory.estimate(changed, model_of(changed), 1, 1).images == images
+
+
+def test_a_step_that_does_not_fit_is_refused_with_numbers_and_remedies(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
+    plain = config(tmp_path)
+    with pytest.raises(InputError, match=r"(?s)memory: .* of 4 image.*this device has 0.0 GB.*train.micro_batch=1.*data.crop"):
+        memory.check(plain, model_of(plain), World(), 1)
+    assert memory.check(config(tmp_path, launch__check_memory=False), model_of(plain), World(), 1) is not None
+    text = memory.refusal(load("mic_gta2cityscapes"), memory.Estimate(1, 1, 1, 10**11, 2), 10**10, 1)
+    assert "activation_checkpointing=true" in text and "engine.precision=bf16" in text and "100.0 GB" in text
+
+
+def test_the_learning_rate_follows_the_batch_by_the_rule(tmp_path: Path) -> None:
+    recipe = load("daformer_gta2cityscapes")
+    assert recipe.optim.lr_batch == recipe.train.labeled_batch == 2 and recipe.lr_factor == 1
+    assert loop.lr_line(recipe) == "learning rate 6e-05"
+    for rule, factor in (("fixed", 1.0), ("linear", 4.0), ("sqrt", 2.0)):
+        changed = load("daformer_gta2cityscapes", overrides=["train.labeled_batch=8", f"optim.lr_rule={rule}"])
+        assert changed.lr_factor == factor and f"{6e-5 * factor:.3g}" in loop.lr_line(changed)
+        assert "6e-05 for 2 labelled images a step, this run 8" in loop.lr_line(changed) and rule in loop.lr_line(changed)
+    (tmp_path / "again.yaml").write_text(changed.to_yaml())
+    assert load(file=str(tmp_path / "again.yaml")).lr_factor == 2  # a run's own configuration keeps the recipe's batch
