@@ -186,13 +186,13 @@ def tracker_factory(config: RunConfig, run_url: str) -> loop.TrackerFactory:
 
     def make(start_step: int, console: Callable[[dict[str, Any]], None]) -> Tracker:
         local = run_url if not is_remote(run_url) else tempfile.mkdtemp(prefix="ecocseg-")
-        return Tracker(local, config.train.steps, start_step, console, tensorboard=config.tracking.tensorboard)
-
-    return make
         if is_remote(run_url) and start_step > 1:  # the curve so far goes on
             with contextlib.suppress(FileNotFoundError):
                 before = checkpoint.build_storage(config).read_bytes(join(run_url, METRICS_FILE))
                 Path(local, METRICS_FILE).write_bytes(before)
+        return Tracker(local, config.train.steps, start_step, console, tensorboard=config.tracking.tensorboard)
+
+    return make
 
 
 @dataclass
@@ -224,10 +224,10 @@ def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     root, name = config.run.directory, config.run.name
     if not is_remote(root):
         root = str(Path(root).resolve())
+    storage.check(root)
     if name is None and resume is not None:
         named = re.compile(re.escape(config.recipe) + r"-\d{8}-\d{6}")
         runs = sorted(n for n in storage.list_dirs(root) if named.fullmatch(n))
-    storage.check(root)
         runs = [n for n in runs if checkpoint.Checkpoints(join(root, n), storage).complete()]
         name = runs[-1] if runs else None
         if name is None and resume == "yes":
@@ -268,12 +268,12 @@ def preflight(config: RunConfig, run_url: str) -> None:
     from ecocseg.data.shards import check_files
 
     storage = checkpoint.build_storage(config)
-    prepare_data(config, storage)
-    manifests = loop.load_manifests(config)
-    for manifest in manifests.values():
     for url in (config.data.labeled, config.data.unlabeled, *config.data.eval.values(), run_url):
         if url is not None:
             storage.check(url)
+    prepare_data(config, storage)
+    manifests = loop.load_manifests(config)
+    for manifest in manifests.values():
         check_files(manifest, storage)
     storage.check_writable(run_url)
     classes = manifests["labeled"].classes
