@@ -294,8 +294,8 @@ class Session:
                 "manifests": {name: manifest.hash for name, manifest in self.manifests.items()},
                 "versions": checkpoint.versions(), **checkpoint.describe_task(self.book, self.classes)}
         teacher = checkpoint.cpu_state(self.teacher.module) if self.teacher is not None else None
-        url = self.checkpoints.save(checkpoint.Snapshot(
         self._mirror()  # first: curves that reach further than the checkpoint are cut, ones that end before it have a hole
+        url = self.checkpoints.save(checkpoint.Snapshot(
             self.step, checkpoint.cpu_state(self.model), teacher, optimizer, meta))
         best_url = url if best else self._best_url()
         self.checkpoints.prune(self.config.train.keep_checkpoints, best_url)
