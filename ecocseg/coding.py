@@ -87,6 +87,10 @@ class Coding:
         """`certainty` of the rows first to end of one image. Shape: [P]."""
         raise NotImplementedError
 
+    def maps(self, logits_BKHW: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+        """Probabilities and 0/1 targets of M complementary maps of a pixel, for losses on areas. Shapes: [B, M, H, W]."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         raise NotImplementedError
 
@@ -147,6 +151,11 @@ class OneHotCoding(Coding):
     def _certainty(self, logits_KP: Tensor, target: Target, image: int, first: int, end: int) -> Tensor:
         labels_1P = target.labels[image, first:end].reshape(1, -1).clamp_max(self.num_classes - 1)
         return logits_KP.log_softmax(0).gather(0, labels_1P)[0].exp_()
+
+    def maps(self, logits_BKHW: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+        """One map per class."""
+        classes_N = torch.arange(self.num_classes, device=logits_BKHW.device)
+        return self.probabilities(logits_BKHW), target.labels[:, None] == classes_N[:, None, None]
 
     def describe(self) -> str:
         return f"one-hot, {self.num_classes} classes"
@@ -221,7 +230,7 @@ class EcocCoding(Coding):
         shape = (len(logits_BKhw), bit_words.num_words(self.num_outputs), *upsample.size)
         target.bits = torch.empty(shape, dtype=torch.int64, device=device)
         target.reliable = torch.empty_like(target.weight)
-        corrected = torch.zeros((), dtype=torch.int64, device=device)
+        counts_2 = torch.zeros(2, dtype=torch.int64, device=device)
         with torch.autocast(device.type, enabled=False):
             for image, logits_Khw in enumerate(logits_BKhw):
                 for first, end in row_strips(*upsample.size, device):
@@ -230,9 +239,9 @@ class EcocCoding(Coding):
                     target.bits[image, :, rows] = guess.words_XP.view(shape[1], end - first, -1)
                     for name in ("labels", "confidence", "reliable"):
                         getattr(target, name)[image, rows].view(-1).copy_(getattr(guess, f"{name}_P"))
-                    corrected += guess.corrected
-        target.metrics = {"reliable_bits": target.reliable.mean(),
-                          "corrected_bits": corrected / (target.labels.numel() * self.num_outputs)}
+                    counts_2 += guess.counts_2
+        corrected, differing = counts_2 / (target.labels.numel() * self.num_outputs)
+        target.metrics = {"reliable_bits": target.reliable.mean(), "corrected_bits": corrected, "differing_bits": differing}
         return target
 
     def _guess(self, logits_KP: Tensor) -> _Guess:
@@ -246,9 +255,11 @@ class EcocCoding(Coding):
         confidence_P = q_KP.sum(0) / self.num_outputs
         code_XP = tables.words_XN[:, labels_P]
         mask_XP = self._reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables)
-        changed_XP = (code_XP ^ bitwise_XP) & mask_XP
+        differ_XP = code_XP ^ bitwise_XP
+        changed_XP = differ_XP & mask_XP
         reliable_P = bit_words.popcount(mask_XP).sum(0).to(logits_KP.dtype) / self.num_outputs
-        return _Guess(labels_P, confidence_P, reliable_P, bitwise_XP ^ changed_XP, bit_words.popcount(changed_XP).sum())
+        counts_2 = torch.stack([bit_words.popcount(words_XP).sum() for words_XP in (changed_XP, differ_XP)])
+        return _Guess(labels_P, confidence_P, reliable_P, bitwise_XP ^ changed_XP, counts_2)
 
     def _reliable_words(self, q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor,
                         tables: _Tables) -> Tensor:
@@ -282,6 +293,11 @@ class EcocCoding(Coding):
         bits_KP = bit_words.unpack(target.bits[image, :, first:end].flatten(1), len(logits_KP))
         return torch.where(bits_KP, logits_KP, -logits_KP).sigmoid_().mean(0)
 
+    def maps(self, logits_BKHW: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+        """Two maps per bit, of its ones and its zeros: each bit parts the pixels into two classes."""
+        p_BKHW, bits_BKHW = self.probabilities(logits_BKHW), target.dense_bits(self.num_outputs)
+        return torch.cat([p_BKHW, 1 - p_BKHW], 1), torch.cat([bits_BKHW, ~bits_BKHW], 1)
+
     def describe(self) -> str:
         w = self.loss_weights
         form = f"hybrid (T {self.reliability:g})" if self.label_form == "hybrid" else f"{self.label_form}-wise"
@@ -305,7 +321,8 @@ class _Guess:
     confidence_P: Tensor
     reliable_P: Tensor
     words_XP: Tensor
-    corrected: Tensor
+    counts_2: Tensor
+    """Bits that were corrected to the codeword's, and bits that differ from it (the paper's Fig. 4a) before that."""
 
 
 def _size(labels_BHW: Tensor) -> tuple[int, int]:

@@ -335,6 +335,9 @@ class StorageConfig(Section):
 class TrackingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files in the run's folder."""
+    collapse_after: int = Field(10, ge=0)
+    """Number of log lines in which a class is missing from the pseudo-labels, or hardly one is confident, before a warning;
+    0 = never warn. Where they cover fewer than 200 unlabelled images it is more lines."""
 
 
 class NameConfig(Section):
@@ -473,15 +476,15 @@ def _conflicts(config: RunConfig) -> list[str]:
     if config.method.ignore_top + config.method.ignore_bottom >= config.data.crop[0]:
         problems.append(f"method.ignore_top + method.ignore_bottom: {config.method.ignore_top + config.method.ignore_bottom} "
                         f"rows leave nothing of data.crop's {config.data.crop[0]}")
+    margins, size = config.data.unlabeled_margins, config.data.resize_unlabeled or (1 << 31, 1 << 31)
+    if margins[0] + margins[1] >= size[0] or margins[2] + margins[3] >= size[1]:
+        problems.append(f"data.unlabeled_margins: {list(margins)} leave nothing of data.resize_unlabeled {list(size)}")
     if config.model.head == "hrda" and config.method.kind not in ("supervised", "self_training", "mic"):
         problems.append(f"model.head: hrda has no one set of features for method.kind={config.method.kind} to perturb; use it "
                         "with supervised, self_training or mic, or choose daformer")
     problems += _consistency_conflicts(config)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         problems.append("data.mean, data.std: one number for each of the 3 channels")
-    margins, size = config.data.unlabeled_margins, config.data.resize_unlabeled or (1 << 31, 1 << 31)
-    if margins[0] + margins[1] >= size[0] or margins[2] + margins[3] >= size[1]:
-        problems.append(f"data.unlabeled_margins: {list(margins)} leave nothing of data.resize_unlabeled {list(size)}")
     if config.optim.warmup_steps >= config.train.steps:
         problems.append(f"optim.warmup_steps: {config.optim.warmup_steps} is not below train.steps {config.train.steps}; "
                         f"use {config.train.steps // 10} or fewer")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecocseg import checkpoint, memory
+from ecocseg import checkpoint, collapse, memory
 from ecocseg.config import RunConfig
 from ecocseg.data.classes import CLASS_LISTS, IGNORE
 from ecocseg.data.order import RareClass
@@ -31,7 +31,7 @@ from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
 from ecocseg.storage import is_remote, join
 from ecocseg.teacher import Teacher
-from ecocseg.tracking import Tracker
+from ecocseg.tracking import Tracker, read_metrics
 
 Report = Callable[[dict[str, Any]], bool]
 """Sends a message to whoever watches the run; true when the run is asked to stop."""
@@ -102,6 +102,10 @@ class Session:
         kind = METHODS[config.method.kind]
         self.method = kind(config.method, self.coding, self.normalize, pretrained)
         self.teacher = Teacher(model, config.method.ema_decay, kind.whole_teacher) if kind.needs_teacher else None
+        self.watch = collapse.CollapseWatch(
+            dict(zip(self.classes.names, self.manifests["labeled"].class_pixels, strict=True)),
+            patience=config.tracking.collapse_after, steps=config.train.steps,
+            images_per_record=config.train.log_every * config.train.unlabeled_batch)
         optim = config.optim
         groups = parameter_groups(self.model, optim.lr * config.lr_factor, optim.decoder_lr_factor, optim.weight_decay,
                                   optim.no_decay)
@@ -121,6 +125,8 @@ class Session:
             self._say(f"training from step 0: {self.model_line()}; {self.batch_line()}")
         if self.world.rank == 0 and tracker is not None:
             self.tracker = tracker(self.step + 1, self._progress)
+            for record in read_metrics(self.tracker.directory):  # a resumed run watches on from what it saw
+                self.watch.update(record["step"], record)
         for name in self.config.streams:
             manifest = self.manifests["labeled" if name == "labeled" else "unlabeled"]
             self.streams[name] = open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
@@ -226,7 +232,11 @@ class Session:
         self._note_damage()
         scalars.update(clock.read(self.step), lr=self.config.optim.lr * self.config.lr_factor * schedule(
             self.config.optim, self.config.train.steps, self.step - 1))
-        stop = self._record(scalars) if self.world.rank == 0 else False
+        scalars = collapse.named(scalars, self.classes.names)
+        collapsed, warnings = self.watch.update(self.step, scalars)
+        stop = self._record(scalars | collapsed) if self.world.rank == 0 else False
+        for warning in warnings if self.world.rank == 0 else ():
+            self._say(warning)
         return bool(self.world.sum(torch.tensor(float(stop), device=self.world.device)).item() > 0)
 
     def _note_damage(self) -> None:
@@ -272,8 +282,10 @@ class Session:
                 normalize=self.normalize, device=self.world.device, reduce=self.world.sum,
                 autocast=self.engine.autocast_dtype)
         if record and self.world.rank == 0:
-            self._record({f"{name}/{which}/{key}": getattr(result, key) for name, by_model in results.items()
-                          for which, result in by_model.items() for key in ("miou", "accuracy", "ece")})
+            scalars = {f"{name}/{which}/{key}": getattr(result, key) for name, by_model in results.items()
+                       for which, result in by_model.items() for key in ("miou", "accuracy", "ece")}
+            self._record(scalars | {f"{name}/teacher_student_gap": by_model["teacher"].miou - by_model["student"].miou
+                                    for name, by_model in results.items() if "teacher" in by_model})
         return results
 
     def _score(self, results: dict[str, dict[str, EvalResult]]) -> float:

@@ -201,6 +201,8 @@ def test_blocks_are_blanked_at_the_stated_ratio(ratio: float, block: int, side: 
         grid = ~method.kept_blocks(later).view(2, side // block, block, side // block, block)
         assert (grid == grid[:, :, :1, :, :1]).all()
         blanked.append(grid[:, :, 0, :, 0].float())
+        neighbours = grid[:, :, 0, 1::2, 0] == grid[:, :, 0, ::2, 0]
+        assert ratio == 0 or neighbours.float().mean() < 0.8  # blocks are no larger
     share, count = torch.stack(blanked).mean().item(), 12 * 2 * (side // block) ** 2
     assert abs(share - ratio) <= 4 * math.sqrt(ratio * (1 - ratio) / count)
     assert ratio == 0 or len({tuple(b.flatten().tolist()) for pair in blanked for b in pair}) == 24

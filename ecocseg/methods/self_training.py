@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecocseg.coding import Target
+from ecocseg.collapse import disagreement, pseudo_metrics
 from ecocseg.data import mixing
 from ecocseg.methods.base import Part, StepInput, main_logits, random_generator
 from ecocseg.methods.supervised import Supervised
@@ -67,6 +68,7 @@ class SelfTraining(Supervised):
         output = given.student(self.normalize(strong_B3HW))
         terms = self.loss(output, mixed)
         given.metrics["loss/mixed"] = terms["loss"].detach()
+        given.metrics["pseudo/disagreement"] = disagreement(self.coding, main_logits(output), mixed)
         if given.pictures is not None:
             given.pictures.update(unlabeled_image=unlabeled.image, pseudo=pseudo, mixed_image=strong_B3HW,
                                   mixed_labels=mixed.labels, mixed_logits=main_logits(output))
@@ -88,10 +90,7 @@ class SelfTraining(Supervised):
         target.labels.masked_fill_(~batch.valid, 255)
         confident_BHW = target.confidence >= self.config.confidence_threshold
         target.weight = self.pixel_weight(confident_BHW.to(target.weight.dtype)) * batch.valid
-        given.metrics.update({f"pseudo/{name}": value for name, value in target.metrics.items()})
-        given.metrics["pseudo/confident_share"] = confident_BHW.float().mean()
-        given.metrics["pseudo/weight"] = target.weight.mean()
-        given.metrics["pseudo/confidence"] = target.confidence.mean()
+        given.metrics.update(pseudo_metrics(target, confident_BHW, self.coding.num_classes))
         return target
 
     def pixel_weight(self, confident_BHW: Tensor) -> Tensor:
