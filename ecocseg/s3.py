@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +71,27 @@ def user_error(error: Exception) -> str | None:
     if isinstance(error, boto.BotoCoreError) and not isinstance(error, passing):
         return f"{error}; check the AWS files and variables"
     return None
+
+
+class CutOff(ConnectionError):
+    """An answer that ended in its head; Python's HTTP client takes that for its end."""
+
+
+def _field(answer: dict[str, Any], name: str) -> Any:
+    """What every whole answer of its kind has."""
+    if name not in answer:
+        raise CutOff
+    return answer[name]
+
+
+def _total(answer: dict[str, Any], span: str, got: int) -> int:
+    """Size of the whole object of which an answer gave `got` bytes; bytes show that the head before them was whole."""
+    if answer.get("ContentLength") != got:
+        raise CutOff
+    total = answer.get("ContentRange", "").rpartition("/")[2]
+    if not total.isdigit() and got and not span.startswith("0-"):
+        raise CutOff
+    return int(total) if total.isdigit() else got  # no range: an empty object, or all of it from a server without ranges
 
 
 def _code(error: Any) -> tuple[str, int]:
@@ -152,10 +174,12 @@ class S3:
         """
         from botocore import exceptions as boto
         from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
 
         if isinstance(error, boto.ClientError) and _code(error)[0] in ("NoSuchKey", "404", "NotFound"):
             raise FileNotFoundError(f"cannot {doing}: there is no such object") from None
-        if isinstance(error, boto.BotoCoreError | boto.ClientError | ResponseParserError | OSError):
+        known = (boto.BotoCoreError, boto.ClientError, ResponseParserError, OSError, HTTPException, HTTPError)
+        if isinstance(error, known):  # the last two: boto3 lets through what befalls it while it reads a refusal
             return user_error(error)
         raise error
 
@@ -186,8 +210,7 @@ class S3:
                 raise
             with contextlib.closing(answer["Body"]) as body:
                 data = body.read()
-            total = answer.get("ContentRange", "").rpartition("/")[2]
-            return data, int(total) if total.isdigit() else len(data), answer["ETag"]
+            return data, _total(answer, span, len(data)), _field(answer, "ETag")
 
         return self.persist(f"read s3://{bucket}/{key}", request)
 
@@ -209,13 +232,14 @@ class S3:
             self.persist(doing, lambda: self.client.put_object(Bucket=bucket, Key=key, Body=body))
             return
         target = {"Bucket": bucket, "Key": key}
-        target["UploadId"] = self.persist(doing, lambda: self.client.create_multipart_upload(**target))["UploadId"]
+        target["UploadId"] = self.persist(doing, lambda: _field(self.client.create_multipart_upload(**target), "UploadId"))
         step = max(PART_BYTES, -(-size // MOST_PARTS))
 
         def send(number: int) -> dict[str, Any]:
             body = _span(source, (number - 1) * step, step)
-            answer = self.persist(doing, lambda: self.client.upload_part(**target, PartNumber=number, Body=body))
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+            etag = self.persist(doing, lambda: _field(
+                self.client.upload_part(**target, PartNumber=number, Body=body), "ETag"))
+            return {"PartNumber": number, "ETag": etag}
 
         pool = ThreadPoolExecutor(UPLOAD_THREADS)
         try:
@@ -231,25 +255,25 @@ class S3:
 
     def _complete(self, target: dict[str, Any], parts: list[dict[str, Any]], size: int) -> None:
         try:
-            self.client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
+            _field(self.client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}), "ETag")
         except Exception as error:
             gone = getattr(error, "response", None) is not None and _code(error)[0] == "NoSuchUpload"
             if not gone or self.size(target["Bucket"], target["Key"]) != size:
                 raise  # else an earlier try was done and only its answer was lost
 
     def size(self, bucket: str, key: str) -> int | None:
-        """Bytes of an object; None when there is none."""
+        """Bytes of an object; None when there is none.
+
+        Its first byte is asked for with it: a head alone, without a body after it, may be cut off in the middle of a number.
+        """
         try:
-            return int(self.persist(f"read s3://{bucket}/{key}",
-                                    lambda: self.client.head_object(Bucket=bucket, Key=key))["ContentLength"])
+            return self.fetch(bucket, key, "0-0")[1]
         except FileNotFoundError:
             return None
 
     def holds(self, bucket: str, prefix: str) -> bool:
         """Whether any key begins with a prefix."""
-        answer = self.persist(f"read s3://{bucket}/{prefix}".rstrip("/"), lambda: self.client.list_objects_v2(
-            Bucket=bucket, Prefix=prefix, MaxKeys=1))
-        return bool(answer.get("Contents"))
+        return bool(self._page(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("Contents"))
 
     def check(self, bucket: str, prefix: str) -> None:
         """The cheapest question whose answer tells what is wrong with a bucket or with credentials."""
@@ -259,17 +283,25 @@ class S3:
             if REMEDIES["AccessDenied"] not in str(error):  # one may be allowed to read what one may not list
                 raise
 
+    def _page(self, **what: Any) -> dict[str, Any]:
+        """An answer to list_objects_v2, which has its last field: one cut off would be an empty folder."""
+        def request() -> dict[str, Any]:
+            answer = self.client.list_objects_v2(**what)
+            _field(answer, "IsTruncated")
+            return answer
+
+        return self.persist(f"read s3://{what['Bucket']}/{what['Prefix']}".rstrip("/"), request)
+
     def list(self, bucket: str, prefix: str, folders: bool = False) -> tuple[list[str], list[str]]:
         """Keys below a prefix; with `folders` only those directly below it, and the folders beside them."""
         keys: list[str] = []
         below: list[str] = []
         more: dict[str, str] = {"Delimiter": "/"} if folders else {}
         while True:
-            answer = self.persist(f"read s3://{bucket}/{prefix}".rstrip("/"), lambda: self.client.list_objects_v2(
-                Bucket=bucket, Prefix=prefix, **more))
+            answer = self._page(Bucket=bucket, Prefix=prefix, **more)
             keys += [entry["Key"] for entry in answer.get("Contents", []) if not entry["Key"].endswith("/")]
             below += [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
-            if not answer.get("IsTruncated"):
+            if not answer["IsTruncated"]:
                 return keys, below
             more["ContinuationToken"] = answer["NextContinuationToken"]
 
@@ -277,7 +309,9 @@ class S3:
         """Delete objects; those that are not there are none to delete."""
         def request(some: Sequence[str]) -> None:
             answer = self.client.delete_objects(Bucket=bucket, Delete={
-                "Objects": [{"Key": key} for key in some], "Quiet": True})
+                "Objects": [{"Key": key} for key in some]})
+            if len(answer.get("Errors", [])) + len(answer.get("Deleted", [])) < len(some):
+                raise CutOff
             if answer.get("Errors"):
                 from botocore.exceptions import ClientError
 

@@ -36,6 +36,8 @@ class FaultyS3(ThreadingHTTPServer):
         self.requests, self.faults = 0, Counter[str]()
         self.away = False
         """Reset every connection, as if there were no server."""
+        self.spoil_after: int | None = None
+        """Number of requests after which that begins by itself."""
         self.closed = threading.Event()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
@@ -61,7 +63,7 @@ class FaultyS3(ThreadingHTTPServer):
         with self._lock:
             self.requests += 1
             spoil, kind, variant = self._random.random() < self.share, self._random.choice(self.kinds), self._random.random()
-            if self.away:
+            if self.away or (self.spoil_after is not None and self.requests > self.spoil_after):
                 spoil, kind, variant = True, "reset", 0.0
             if spoil:
                 self.faults[kind] += 1
