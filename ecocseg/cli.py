@@ -149,7 +149,8 @@ def task_lines(config: RunConfig, classes: ClassList, forward: bool, workers: in
     shape = ""
     if forward:
         with torch.no_grad():
-            shape = f", crop {tuple(config.data.crop)} -> logits {tuple(model(torch.zeros(1, 3, *config.data.crop)).shape)}"
+            image = torch.zeros(1, 6 if config.model.siamese else 3, *config.data.crop)
+            shape = f", crop {tuple(config.data.crop)} -> logits {tuple(model(image).shape)}"
     return [f"classes     {classes.num_classes}: {', '.join(classes.names)}", f"coding      {coding.describe()}",
             f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters{shape}",
             f"learning    {loop.lr_line(config)}",

@@ -51,6 +51,8 @@ class DataConfig(Section):
     """Factors between which an image is rescaled at random before cropping."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
+    turn: bool = False
+    """Turn images as cardiac slices are: quarter turns with a flip, or within 20 degrees, in half of the cases each."""
     max_class_share: float = Field(0.75, gt=0, le=1)
     """Share of a labelled crop from which one class makes it be redrawn (up to 10 times); 1 = never. DAFormer 0.75."""
     sampling: Literal["uniform", "rare_class"] = "uniform"
@@ -108,6 +110,11 @@ class ModelConfig(Section):
     """Stride of the encoder's last feature map; null = the encoder's own."""
     activation_checkpointing: bool = False
     """Recompute encoder activations in the backward pass: less memory, about a third more time."""
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """Columns of the shards that make an image: its name and one date, or two."""
+        return ("image_id", "image", "image_b") if self.siamese else ("image_id", "image")
 
 
 class CodebookConfig(Section):
@@ -195,6 +202,9 @@ class MethodConfig(Section):
     labels (published from Cityscapes to ACDC and Dark Zurich)."""
     masked_colour: bool = True
     """Jitter and blur masked images, by a draw of their own. MIC to Cityscapes true, to ACDC and Dark Zurich false."""
+    dice: bool = False
+    """Learn labelled images by the mean of the coding's loss and soft Dice, and unlabelled ones by soft Dice alone, over the
+    images a worker takes at once. UniMatch on cardiac slices."""
     average: Literal["all", "valid"] = "all"
     """Divisor of the labelled loss: all pixels (DAFormer), or those with a label (UniMatch)."""
     ohem_threshold: float | None = Field(None, gt=0, lt=1)
@@ -498,9 +508,12 @@ def _consistency_conflicts(config: RunConfig) -> list[str]:
         unused = {"ignore_top": 0, "ignore_bottom": 0, "feature_distance": 0.0}
         problems += [f"method.{key}: method.kind={method.kind} has no such thing; leave it at {default:g}, or use self_training"
                      for key, default in unused.items() if getattr(method, key) != default]
-    elif method.weighting == "by_coding":
-        problems.append(f"method.weighting: by_coding is published with FixMatch and UniMatch; with method.kind={method.kind} "
-                        "use image, batch or pixel")
+    elif method.kind != "supervised":  # which has no pseudo-labels to weigh, and learns by Dice too
+        if method.dice:
+            problems.append(f"method.dice: method.kind={method.kind} has no such loss; use fixmatch or unimatch")
+        if method.weighting == "by_coding":
+            problems.append(f"method.weighting: by_coding is published with FixMatch and UniMatch; with method.kind={method.kind} "
+                            "use image, batch or pixel")
     if method.ohem_threshold is not None and (config.model.head == "hrda" or method.feature_distance > 0):
         problems.append("method.ohem_threshold: goes neither with model.head=hrda nor with method.feature_distance; set it to "
                         "null")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecocseg.data.transforms import IGNORE, decode_image, decode_mask
+from ecocseg.data.transforms import IGNORE, decode_image, decode_mask, second_date
 from ecocseg.errors import InputError
 
 NUM_BINS = 15  # equal-width bins over [0, 1], bin i = (i / 15, (i + 1) / 15]; Guo et al. 2017
@@ -322,13 +322,17 @@ def image_tensor(data: bytes, name: str) -> Tensor:
 
 
 def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W] and uint8 [H, W].
+    """Pairs for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W] and uint8 [H, W]. Rows that have
+    `image_b` give the two dates behind one another, [6, H, W].
 
     Raises InputError naming the image if it or its mask does not decode or their sizes differ.
     """
     for row in rows:
         name = str(row["image_id"])
         image_3HW = image_tensor(row["image"], name)
+        if "image_b" in row:
+            second_date(row["image_b"], (image_3HW.shape[2], image_3HW.shape[1]), name)
+            image_3HW = torch.cat([image_3HW, image_tensor(row["image_b"], f"{name}, second date")])
         labels_HW = torch.from_numpy(np.array(decode_mask(row["mask"], name)))
         if labels_HW.shape != image_3HW.shape[1:]:
             sizes = f"{tuple(image_3HW.shape[1:])} but its mask {tuple(labels_HW.shape)} (height, width)"

@@ -276,7 +276,8 @@ class Session:
         models = self._averaged_models()
         results = {}
         for name in self.config.data.eval:
-            rows = iter_rows(self.manifests[f"eval/{name}"], self.world.rank, self.world.size, storage=self.storage)
+            rows = iter_rows(self.manifests[f"eval/{name}"], self.world.rank, self.world.size,
+                             (*self.config.model.image_columns, "mask"), self.storage)
             results[name] = evaluate(
                 models, self.coding, samples_of_rows(rows), self.spec,
                 normalize=self.normalize, device=self.world.device, reduce=self.world.sum,
@@ -456,7 +457,7 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
     transform = WeakTransform(
         resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
         max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0,
-        margins=(0, 0, 0, 0) if labeled else data.unlabeled_margins)
+        margins=(0, 0, 0, 0) if labeled else data.unlabeled_margins, dates=2 if config.model.siamese else 1, turn=data.turn)
     return Stream(
         manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
         sampling="rare_class" if rare else "uniform",
@@ -465,4 +466,4 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode=data.decode,
         decode_threads=data.decode_threads,
         read_cpus=data.read_cpus, damage_limit=data.damage_limit, storage=checkpoint.build_storage(config),
-        columns=("image_id", "image", "mask") if labeled else ("image_id", "image"))
+        columns=(*config.model.image_columns, *(("mask",) if labeled else ())))

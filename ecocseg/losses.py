@@ -214,6 +214,22 @@ def _cosine_terms(logits_KP: Tensor, product_P: Tensor, sign_KP: Tensor, labels_
     return terms, grad_KP.addcmul_(logits_KP, radial_P.expand_as(logits_KP), value=-1)
 
 
+def soft_dice_loss(probabilities_BMHW: Tensor, maps_BMHW: Tensor, weight_BHW: Tensor, smooth: float = 1e-5) -> Tensor:
+    """1 - 2 |p t| / (|p|^2 + |t|^2) of each map over all pixels of the batch, averaged over maps, as UniMatch has it on cardiac
+    slices. Shape: scalar.
+
+    Sums are weighted. Dice does not change when all weights halve, so it is multiplied by the mean weight of the pixels that
+    have any: weights of 0 and 1 are published, where that is 1; with the share of an image's confident pixels as its weight
+    the loss is as much smaller as it is with losses per pixel.
+    """
+    weight_B1HW = weight_BHW[:, None].to(probabilities_BMHW.dtype)
+    target_BMHW = maps_BMHW.to(probabilities_BMHW.dtype)
+    both_M = (weight_B1HW * probabilities_BMHW * target_BMHW).sum((0, 2, 3))
+    sizes_M = (weight_B1HW * (probabilities_BMHW.square() + target_BMHW)).sum((0, 2, 3))
+    mean_weight = weight_B1HW.sum() / (weight_B1HW > 0).sum().clamp_min(1)
+    return mean_weight * (1 - (2 * both_M + smooth) / (sizes_M + smooth)).mean()
+
+
 def cross_entropy_loss(logits_NP: Tensor, labels_P: Tensor, weight_P: Tensor,
                        with_gradient: bool = True) -> tuple[Tensor, Tensor | None]:
     """Softmax cross-entropy of class ids below N, times a weight per pixel: sum over pixels [1] and its gradient."""

@@ -175,7 +175,7 @@ def _image(image_3HW: Any) -> Picture:
     image_3HW = _array(image_3HW)
     if image_3HW.dtype != np.uint8:
         image_3HW = (image_3HW.astype(np.float64) * 255).round().clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(np.moveaxis(image_3HW, 0, -1)[..., :3])
+    return np.ascontiguousarray(np.moveaxis(image_3HW, 0, -1)[..., :3])  # of two dates the first
 
 
 def _mean(values: Any) -> float:

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_data(options.data, manifest, one)
     results = evaluate(
         {name: entry.model for name, entry in loaded.items()}, one.coding,
-        samples_of_rows(iter_rows(manifest, 0, 1, ["image_id", "image", "mask"], storage)),
+        samples_of_rows(iter_rows(manifest, 0, 1, (*one.config.model.image_columns, "mask"), storage)),
         spec, normalize=one.normalize, device=device, autocast=inference.autocast_dtype(one))
     print(f"{options.checkpoint}, step {one.step}, on {manifest.num_rows} images of {options.data}\n")
     print(table(results, one.class_list.names, difference=False))

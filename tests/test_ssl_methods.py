@@ -6,6 +6,7 @@ import copy
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from ecocseg.codebook import max_min
 from ecocseg.coding import EcocCoding, OneHotCoding
-from ecocseg.config import MethodConfig, validate
+from ecocseg.config import MethodConfig, load, validate
 from ecocseg.data.pipeline import Batch
+from ecocseg.data.sources.demo import encode_png
 from ecocseg.data.strong import StrongView
+from ecocseg.data.transforms import WeakTransform
 from ecocseg.errors import InputError
 from ecocseg.evaluate import Normalize
 from ecocseg.methods import METHODS, StepInput
@@ -387,11 +390,17 @@ def test_whole_teacher_averages_buffers_and_copies_first() -> None:
     ({"method__kind": "unimatch", "method__feature_distance": 0.1}, "method.feature_distance: method.kind=unimatch has no"),
     ({"method__kind": "fixmatch", "method__ignore_top": 3}, "method.ignore_top: method.kind=fixmatch has no such"),
     ({"method__weighting": "by_coding"}, "with method.kind=self_training use image, batch or pixel"),
+    ({"method__dice": True}, "method.dice: method.kind=self_training has no such loss"),
     ({"method__ohem_threshold": 0.7, "model__head": "hrda"}, "method.ohem_threshold: goes neither with model.head=hrda"),
 ])
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(InputError, match=message):
         validate(tiny_plain(tmp_path, tmp_path, **changes))
+
+
+def test_labelled_images_alone_can_be_trained_by_the_same_recipe() -> None:
+    for name in ("unimatch_acdc_1", "unimatch_cityscapes_1_16"):
+        assert load(name, overrides=["method.kind=supervised"]).streams == ("labeled",)
 
 
 def test_unimatch_v2_needs_pairs(tmp_path: Any) -> None:
@@ -481,3 +490,80 @@ def toy_miou(kind: str, coding: Any) -> float:
 def test_what_is_reached_with_its_labels_is_missed_when_they_are_shuffled(kind: str, coding: str) -> None:
     assert toy_miou(kind, toy_coding(coding)) > 0.6
     assert toy_miou(kind, Shuffled(toy_coding(coding))) < 0.4
+
+
+# --- cardiac slices and pairs of dates
+
+@pytest.mark.parametrize("weighting", ["pixel", "image"])
+@pytest.mark.parametrize("kind", CODINGS)
+def test_soft_dice_is_that_of_each_map_over_the_weighted_pixels(kind: str, weighting: str) -> None:
+    method = build("unimatch", kind, dice=True, weighting=weighting)
+    coding = method.coding
+    logits = 3 * torch.randn(2, coding.num_outputs, H, W, dtype=torch.float64)
+    target = coding.pseudo_label(logits + torch.randn_like(logits))
+    target.weight = (torch.rand(2, H, W, dtype=torch.float64) < 0.6).double()
+    if weighting == "image":
+        target.weight = torch.tensor([0.3, 0.9], dtype=torch.float64)[:, None, None].expand(2, H, W).clone()
+    target.labels[0, :3] = 255
+    weight = target.weight * (target.labels != 255)
+    maps = []
+    if kind == "one_hot":
+        maps = [(logits.softmax(1)[:, n], (target.labels == n).double()) for n in range(N)]
+    else:
+        for k in range(coding.num_outputs):
+            p, b = logits[:, k].sigmoid(), target.dense_bits(coding.num_outputs)[:, k].double()
+            maps += [(p, b), (1 - p, 1 - b)]
+    dice = [1 - (2 * (weight * p * t).sum() + 1e-5) / ((weight * p * p).sum() + (weight * t * t).sum() + 1e-5) for p, t in maps]
+    want = torch.stack(dice).mean() * weight.sum() / (weight > 0).sum()
+    assert method.dice_loss(logits, target).item() == pytest.approx(want.item(), rel=1e-8)
+
+
+def test_dice_replaces_the_loss_of_views_and_halves_that_of_labels() -> None:
+    plain, dice = build("fixmatch", "one_hot"), build("fixmatch", "one_hot", dice=True)
+    given = [step_input(tiny_model(N)) for _ in range(2)]
+    for method, one in zip((plain, dice), given, strict=True):
+        for part in method.parts(one):
+            part()
+    logits = given[0].student.model(given[0].student.seen[0][0])[:4]
+    target = plain.coding.encode(given[0].labeled.labels)
+    mean = (given[0].metrics["loss/labeled"] + plain.dice_loss(logits, target)) / 2
+    assert given[1].metrics["loss/labeled"].item() == pytest.approx(mean.item())
+    assert 0 < given[1].metrics["loss/strong1"] < 1
+
+
+def pngs(*arrays: Any) -> list[bytes]:
+    return [encode_png(array) for array in arrays]
+
+
+def test_two_dates_are_cropped_and_flipped_alike() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 200, (20, 30, 3), dtype=np.uint8)
+    image, later, mask = pngs(first, first + 50, first[..., 0] // 100)
+    for seed in range(6):
+        transform = WeakTransform(crop=(24, 16), scale=(0.8, 1.2), max_class_share=1, dates=2)
+        sample = transform(image, mask, np.random.default_rng(seed), image_b_bytes=later)
+        inside = sample.valid
+        assert sample.image.shape == (6, 24, 16)
+        before, after = (part[:, inside].astype(int) for part in np.split(sample.image, 2))
+        assert np.abs(after - before - 50).max() <= 1
+    with pytest.raises(InputError, match="there is no second date; pack pairs"):
+        transform(image, mask, np.random.default_rng(0))
+    with pytest.raises(InputError, match="the dates are 30x20 and 15x10"):
+        transform(image, mask, np.random.default_rng(0), image_b_bytes=encode_png(first[::2, ::2]))
+
+
+def test_slices_are_turned_with_their_masks() -> None:
+    grey = np.zeros((40, 30), np.uint8)
+    grey[5:15, 4:12] = 2
+    image, mask = pngs(np.repeat(grey[..., None] * 100, 3, 2), grey)
+    transform = WeakTransform(crop=(32, 32), resize=(32, 32), flip=0, max_class_share=1, turn=True)
+    plain = WeakTransform(crop=(32, 32), resize=(32, 32), flip=0, max_class_share=1)(image, mask, np.random.default_rng(0))
+    kinds = set()
+    for seed in range(60):
+        sample = transform(image, mask, np.random.default_rng(seed))
+        assert ((sample.image[0] > 100) == (sample.labels == 2)).mean() > 0.95
+        turns = [np.rot90(plain.labels, k) for k in range(4)]
+        flips = [turned[:, ::-1] for turned in turns]
+        kinds.add("as it was" if (sample.labels == plain.labels).all() else "quarter" if any(
+            (sample.labels != turned).mean() < 0.01 for turned in (*turns, *flips)) else "rotated")
+    assert kinds == {"as it was", "quarter", "rotated"}

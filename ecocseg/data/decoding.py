@@ -28,6 +28,7 @@ class Encoded:
     image_id: str
     image: bytes
     mask: bytes | None
+    image_b: bytes | None
     position: int
     focus: int
 
@@ -44,7 +45,8 @@ class Decoder:
     def __call__(self, row: Encoded) -> Sample:
         """Raises InputError for a damaged row: it does not decode, its mask has another size or an id that is no class."""
         rng = np.random.default_rng([self.seed, self.stream_key, row.position])
-        sample = self.transform(row.image, row.mask, rng, row.focus if row.focus >= 0 else None, image_id=row.image_id)
+        sample = self.transform(row.image, row.mask, rng, row.focus if row.focus >= 0 else None, image_id=row.image_id,
+                                image_b_bytes=row.image_b)
         if sample.labels is not None:
             bad_HW = (sample.labels >= self.classes.num_classes) & (sample.labels != IGNORE)
             if bad_HW.any():
@@ -55,13 +57,13 @@ class Decoder:
     def blank(self) -> Sample:
         """What stands in a damaged row's place: padding."""
         crop = self.transform.crop
-        return Sample(np.zeros((3, *crop), np.uint8), None, np.zeros(crop, bool))
+        return Sample(np.zeros((3 * self.transform.dates, *crop), np.uint8), None, np.zeros(crop, bool))
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a Ray task gives back: `image` uint8 [n, 3, H, W], `labels` uint8 [n, H, W], `valid` bool [n, H, W], and what
-    is wrong with each row (None: nothing)."""
+    """What a Ray task gives back: `image` uint8 [n, 3 x dates, H, W], `labels` uint8 [n, H, W], `valid` bool [n, H, W], and
+    what is wrong with each row (None: nothing)."""
 
     image: UInt8
     labels: UInt8
@@ -71,8 +73,8 @@ class Decoded:
 
 def decode_rows(decoder: Decoder, rows: Sequence[Encoded]) -> Decoded:
     """The body of a Ray task."""
-    crop = decoder.transform.crop
-    found = Decoded(np.empty((len(rows), 3, *crop), np.uint8), np.full((len(rows), *crop), IGNORE, np.uint8),
+    crop, channels = decoder.transform.crop, 3 * decoder.transform.dates
+    found = Decoded(np.empty((len(rows), channels, *crop), np.uint8), np.full((len(rows), *crop), IGNORE, np.uint8),
                     np.empty((len(rows), *crop), bool), [None] * len(rows))
     for i, row in enumerate(rows):
         try:

@@ -44,7 +44,7 @@ __all__ = ["Batch", "RareClass", "Stream", "window_rows"]
 class Batch:
     """One micro-batch on the host."""
 
-    image: torch.Tensor  # uint8 [B, 3, H, W], RGB
+    image: torch.Tensor  # uint8 [B, 3, H, W], RGB; [B, 6, H, W] of two dates
     labels: torch.Tensor | None  # int64 [B, H, W], 255 = ignored; None if masks were not asked for
     valid: torch.Tensor  # bool [B, H, W], False on padding and margins
     positions: torch.Tensor  # int64 [B], places in the stream's sequence
@@ -64,9 +64,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row as it was read: image_id, image and mask; the class it was drawn for (-1: none); where it lies."""
+    """A row as it was read: image_id, image, mask and second date; the class it was drawn for (-1: none); where it lies."""
 
-    content: tuple[str, bytes, bytes | None]
+    content: tuple[str, bytes, bytes | None, bytes | None]
     focus: int
     file: int
     group: int
@@ -305,14 +305,14 @@ class Stream:
             part = rows[begin : begin + size]
             labels = torch.empty((size, height, width), dtype=torch.int64) if "mask" in self.columns else None
             batch = Batch(
-                torch.empty((size, 3, height, width), dtype=torch.uint8),
+                torch.empty((size, 3 * self.transform.dates, height, width), dtype=torch.uint8),
                 labels,
                 torch.empty((size, height, width), dtype=torch.bool),
                 torch.arange(start + begin, start + begin + size),
                 [row.content[0] for row in part],
             )
             pending.batches.append(batch)
-            encoded = [Encoded(*row.content[:3], start + begin + i, row.focus) for i, row in enumerate(part)]
+            encoded = [Encoded(*row.content, start + begin + i, row.focus) for i, row in enumerate(part)]
             step_rows, work = (1, self._decode) if self._remote is None else (self._task_rows, self._decode_remotely)
             for i in range(0, size, step_rows):
                 few = slice(i, i + step_rows)

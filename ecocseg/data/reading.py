@@ -265,7 +265,7 @@ class RaySource:
 
 
 def table_rows(table: pa.Table) -> Iterable[tuple]:
-    """(image_id, image, mask or None) of every row, copied out of the table so that its memory can go."""
-    columns = [table.column(n).to_pylist() if n in table.column_names else None for n in ("image_id", "image", "mask")]
-    ids, images, masks = columns
-    return zip(ids or [], images or [], masks or [None] * table.num_rows, strict=True)
+    """(image_id, image, mask or None, image_b or None) of every row, copied out of the table so that its memory can go."""
+    names = ("image_id", "image", "mask", "image_b")
+    there = [table.column(n).to_pylist() if n in table.column_names else [None] * table.num_rows for n in names]
+    return zip(*there, strict=True)

@@ -25,8 +25,8 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 @dataclass(frozen=True)
 class Sample:
-    """One crop: `image` uint8 [3, H, W] RGB; `labels` uint8 [H, W], 255 = ignored, None without a mask; `valid` bool
-    [H, W], False on padding and margins. `image` may be a transposed view."""
+    """One crop: `image` uint8 [3, H, W] RGB, [6, H, W] of two dates; `labels` uint8 [H, W], 255 = ignored, None without a
+    mask; `valid` bool [H, W], False on padding and margins. `image` may be a transposed view."""
 
     image: UInt8
     labels: UInt8 | None
@@ -47,6 +47,8 @@ class WeakTransform:
     max_class_share: float = 0.75  # of labelled pixels; crops in which one class fills this are redrawn; DAFormer
     min_class_pixels: int = 0  # of the focus class; crops with no more are redrawn; DAFormer 1500, HRDA 6000
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right pixels of the resized image; not valid; HRDA
+    dates: int = 1  # images behind one another in a sample: 2 for change pairs
+    turn: bool = False  # quarter turns and small rotations, as UniMatch turns cardiac slices
 
     def __call__(
         self,
@@ -55,18 +57,25 @@ class WeakTransform:
         rng: np.random.Generator,
         focus_class: int | None = None,
         image_id: str = "",
+        image_b_bytes: bytes | None = None,
     ) -> Sample:
-        """Crop of one image. `focus_class`: the class a rare-class stream drew this row for.
+        """Crop of one image. `focus_class`: the class a rare-class stream drew this row for; `image_b_bytes`: the second date.
 
         Raises InputError naming `image_id` if image or mask does not decode or their sizes differ.
         """
-        image = _open_image(image_bytes, image_id)
+        images = [_open_image(image_bytes, image_id)]
+        if self.dates == 2:
+            images.append(second_date(image_b_bytes, images[0].size, image_id))
         mask = None if mask_bytes is None else decode_mask(mask_bytes, image_id)
+        image = images[0]
         if mask is not None and mask.size != image.size:
             raise InputError(
                 f"image_id {image_id!r}: the image is {image.size[0]}x{image.size[1]} but its mask is "
                 f"{mask.size[0]}x{mask.size[1]} (width x height); pack the pair again with equal sizes"
             )
+        if self.turn:
+            images, mask = _turned(images, mask, rng)
+            image = images[0]
         height, width = self._size(image, rng)
         labels_HW = None
         if mask is None:
@@ -76,7 +85,7 @@ class WeakTransform:
                 mask = mask.resize((width, height), Image.Resampling.NEAREST)
             box = self._choose_box(mask, rng, focus_class)
             labels_HW = np.asarray(_crop(mask, box))
-        image_HWC = _crop_resized(image, (height, width), box, image_id)
+        image_HWC = np.concatenate([_crop_resized(one, (height, width), box, image_id) for one in images], axis=2)
         inside = self._inside_margins(box, (height, width), image.size)
         return self._finish(image_HWC, labels_HW, inside, flip=bool(rng.random() < self.flip))
 
@@ -142,6 +151,32 @@ class WeakTransform:
             image_HWC, valid_HW = image_HWC[:, ::-1], valid_HW[:, ::-1]
             labels_HW = None if labels_HW is None else labels_HW[:, ::-1]
         return Sample(image_HWC.transpose(2, 0, 1), labels_HW, valid_HW)
+
+
+def second_date(image_b_bytes: bytes | None, size: tuple[int, int], image_id: str) -> Image.Image:
+    """The second date of a change pair. InputError if there is none, or of another (width, height)."""
+    if image_b_bytes is None:
+        raise InputError(f"image_id {image_id!r}: there is no second date; pack pairs (jobs/prepare_shards.py change), or use "
+                         "model.siamese=false")
+    image = _open_image(image_b_bytes, f"{image_id}, second date")
+    if image.size != size:
+        raise InputError(f"image_id {image_id!r}: the dates are {size[0]}x{size[1]} and {image.size[0]}x{image.size[1]} "
+                         "(width x height); pack the pair again with equal sizes")
+    return image
+
+
+def _turned(images: list[Image.Image], mask: Image.Image | None,
+            rng: np.random.Generator) -> tuple[list[Image.Image], Image.Image | None]:
+    """With probability 1/2 quarter turns and a flip, else with 1/2 a rotation within 20 degrees; corners become 0."""
+    which, quarters, axis, angle = rng.random(), int(rng.integers(4)), int(rng.integers(2)), float(rng.uniform(-20, 20))
+
+    def turn(image: Image.Image) -> Image.Image:
+        if which < 0.5:
+            flip = (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_LEFT_RIGHT)[axis]
+            return image.rotate(90 * quarters, expand=True).transpose(flip)
+        return image.rotate(angle, Image.Resampling.NEAREST) if which < 0.75 else image
+
+    return [turn(image) for image in images], None if mask is None else turn(mask)
 
 
 def label_counts(mask: Image.Image) -> NDArray[np.int64]:

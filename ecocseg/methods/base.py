@@ -81,9 +81,14 @@ class Method:
         return self.coding.loss(output, target, average=average, normalizer=normalizer)
 
 
+def main_output(output: Tensor | TwoScaleLogits) -> Tensor:
+    """The student's prediction of the whole image. Shape: [B, K, h, w]."""
+    return output.fused if isinstance(output, TwoScaleLogits) else output
+
+
 def main_logits(output: Tensor | TwoScaleLogits) -> Tensor:
-    """The student's prediction of the whole image, without graph. Shape: [B, K, h, w]."""
-    return (output.fused if isinstance(output, TwoScaleLogits) else output).detach()
+    """The same without graph."""
+    return main_output(output).detach()
 
 
 def random_generator(*numbers: int) -> torch.Generator:

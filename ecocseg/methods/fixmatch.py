@@ -124,6 +124,8 @@ class FixMatch(Supervised):
 
     def unlabeled_loss(self, logits_BKhw: Tensor, target: Target, given: StepInput, number: int) -> Tensor:
         """Loss of one view, over the pixels that `unlabeled_pixels` counts under `number`. Shape: scalar."""
+        if self.config.dice:
+            return self.dice_loss(logits_BKhw, target)
         divisors = given.unlabeled_divisors
         normalizer = self.unlabeled_pixels(given)[number].clamp_min(1) if divisors is None else divisors[number]
         return self.loss(logits_BKhw, target, normalizer=normalizer)["loss"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ecocseg.methods.base import Method, Part, StepInput, main_logits
+from ecocseg.losses import soft_dice_loss
+from ecocseg.methods.base import Method, Part, StepInput, main_logits, main_output
 from ecocseg.models.hrda import TwoScaleLogits
-from ecocseg.target import IGNORE
+from ecocseg.target import IGNORE, Target
 
 
 class Supervised(Method):
@@ -30,12 +32,22 @@ class Supervised(Method):
             terms = self.loss(output, target, normalizer=torch.full_like(target.weight[0, 0, 0], len(batch.labels)))
         else:
             terms = self.loss(output, target, average=self.config.average, normalizer=given.divisor)
+        if self.config.dice:
+            terms["loss"] = (terms["loss"] + self.dice_loss(main_output(output), target)) / 2
         given.metrics["loss/labeled"] = terms["loss"].detach()
         given.metrics.update({f"terms/labeled_{name}": value.detach() for name, value in terms.items() if name != "loss"})
         if given.pictures is not None:
             given.pictures.update(labeled_image=batch.image, labeled_labels=batch.labels,
                                   labeled_logits=main_logits(output))
         return terms["loss"]
+
+    def dice_loss(self, logits_BKhw: Tensor, target: Target) -> Tensor:
+        """Soft Dice of the coding's maps; ignored pixels are left out. Shape: scalar."""
+        size = (target.labels.shape[1], target.labels.shape[2])
+        if logits_BKhw.shape[-2:] != size:
+            logits_BKhw = F.interpolate(logits_BKhw, size, mode="bilinear", align_corners=self.coding.align_corners)
+        probabilities_BMHW, maps_BMHW = self.coding.maps(logits_BKhw, target)
+        return soft_dice_loss(probabilities_BMHW, maps_BMHW, target.weight * (target.labels != IGNORE))
 
 
 def hard_pixel_weight(certainty_BHW: Tensor, labels_BHW: Tensor, threshold: float, least: int) -> Tensor:

@@ -38,11 +38,26 @@ def picture(index: int, classes: ClassList, tint: float = 0.0, size: tuple[int, 
     return np.clip(image_HW3, 0, 255).astype(np.uint8), labels_HW
 
 
+def pair(index: int, classes: ClassList, tint: float = 0.0) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Two dates of a place, uint8 [H, W, 3] each, and labels uint8 [H, W]: class 1 has another colour in the second."""
+    image_HW3, labels_HW = picture(index, classes, tint)
+    rng = np.random.default_rng([index, 2])
+    ground_HW3 = 120 + tint + 20 * rng.normal(size=image_HW3.shape)
+    later_HW3 = ground_HW3 + 5 * rng.normal(size=image_HW3.shape) + 90.0 * (labels_HW == 1)[..., None]
+    before, after = (np.clip(date, 0, 255).astype(np.uint8) for date in (ground_HW3, later_HW3))
+    return before, after, labels_HW
+
+
 def records(part: str, classes: ClassList) -> Iterator[Record]:
     first, count, tint, labeled = PARTS[part]
     for index in range(first, first + count):
-        image_HW3, labels_HW = picture(index, classes, tint)
-        yield Record(f"{part}-{index}", encode_png(image_HW3), encode_png(labels_HW) if labeled else None)
+        later = None
+        if classes.name == "change":
+            image_HW3, later_HW3, labels_HW = pair(index, classes, tint)
+            later = encode_png(later_HW3)
+        else:
+            image_HW3, labels_HW = picture(index, classes, tint)
+        yield Record(f"{part}-{index}", encode_png(image_HW3), encode_png(labels_HW) if labeled else None, later)
 
 
 def prepare(root: str, classes: ClassList, storage: Storage | None = None) -> dict[str, Manifest]:
