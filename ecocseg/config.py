@@ -512,8 +512,8 @@ def _consistency_conflicts(config: RunConfig) -> list[str]:
         if method.dice:
             problems.append(f"method.dice: method.kind={method.kind} has no such loss; use fixmatch or unimatch")
         if method.weighting == "by_coding":
-            problems.append(f"method.weighting: by_coding is published with FixMatch and UniMatch; with method.kind={method.kind} "
-                            "use image, batch or pixel")
+            problems.append("method.weighting: by_coding is published with FixMatch and UniMatch; with "
+                            f"method.kind={method.kind} use image, batch or pixel")
     if method.ohem_threshold is not None and (config.model.head == "hrda" or method.feature_distance > 0):
         problems.append("method.ohem_threshold: goes neither with model.head=hrda nor with method.feature_distance; set it to "
                         "null")
