@@ -63,8 +63,8 @@ class Storage:
                              "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the AWS files")
 
     def soon(self) -> Storage:
-        """The same with little patience, to see whether it can be reached at all: less than 20 s."""
-        return replace(self, retries=min(self.retries, 3), timeout=min(self.timeout, 4.0), deadline=min(self.deadline, 15.0))
+        """The same with little patience, to see whether it can be reached at all: a silent server is given 13 s."""
+        return replace(self, retries=min(self.retries, 2), timeout=min(self.timeout, 4.0), deadline=min(self.deadline, 15.0))
 
     def _parse(self, url: str) -> tuple[S3 | None, str, str]:
         """The server, bucket and key of a URL in a bucket; None, "" and the path of a local one."""

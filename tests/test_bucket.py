@@ -60,7 +60,7 @@ def server(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def patient(url: str) -> Storage:
-    return Storage(endpoint=url, timeout=1.0)
+    return Storage(endpoint=url, timeout=0.5, retries=12)
 
 
 def impatient(url: str) -> Storage:
@@ -75,7 +75,7 @@ def test_files_are_the_same_whatever_goes_wrong(
     monkeypatch.setattr("ecocseg.s3.PIECE_BYTES", 70_000)
     sizes = (0, 10, 50_000, 130_001, 200_000)
     files = {f"{size}/x.bin": np.random.default_rng(size).bytes(size) for size in sizes}
-    with FaultyS3(server, share=0.25, seed=3, kinds=(kind,)) as faulty:
+    with FaultyS3(server, share=0.2, seed=3, kinds=(kind,)) as faulty:
         storage, root = patient(faulty.url), "s3://bucket/test/files"
         for name, data in files.items():
             storage.write_bytes(join(root, name), data)

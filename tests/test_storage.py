@@ -305,7 +305,7 @@ def test_before_a_run_an_endpoint_that_does_not_answer_is_bad_input_soon(s3, req
     url, pauses, tries = request.getfixturevalue(endpoint), [], []
     monkeypatch.setattr(time, "sleep", pauses.append)
     soon = Storage(endpoint=url).soon()
-    assert (soon.retries + 1) * soon.timeout + sum(0.25 * 2 ** n for n in range(soon.retries)) < 20
+    assert (soon.retries + 1) * soon.timeout + sum(0.25 * 2 ** n for n in range(soon.retries)) < 14
     monkeypatch.setattr(Storage, "soon", lambda self: tries.append(1) or Storage(endpoint=url, retries=2, timeout=0.2))
     with pytest.raises(InputError, match=rf"cannot .* s3://bucket/run: .*endpoint {url} does not answer .*storage.endpoint"):
         getattr(Storage(endpoint=url), call)("s3://bucket/run")
