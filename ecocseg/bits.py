@@ -1,4 +1,4 @@
-"""Bits in 64-bit words, and the mining of reliable bits (METHOD 4).
+"""Bits in 64-bit words, and the mining of reliable bits.
 
 Shapes: B batch, N classes, K bits, X 64-bit words per code (ceil(K / 64)), P pixels in a row.
 """

@@ -50,7 +50,7 @@ class Candidate:
 
 
 def largest_code(length: int, distance: int) -> int:
-    """Plotkin's limit on the number of words of this length and least distance, with shortening (see METHOD 1)."""
+    """Plotkin's limit on the number of words of this length and least distance, with shortening."""
     if distance % 2:
         return largest_code(length + 1, distance + 1)
     excess = max(0, length - 2 * distance)  # length K has at most twice the words of length K - 1

@@ -1,4 +1,4 @@
-"""How a class is written as outputs of a network: one output per class, or the bits of a codeword (METHOD 2-4).
+"""How a class is written as outputs of a network: one output per class, or the bits of a codeword.
 
 A coding owns targets, decoding, pseudo-labels and loss. Methods, models and evaluation use this one interface and never
 ask which coding it is.
@@ -38,7 +38,7 @@ class Coding:
     num_outputs: int
     align_corners: bool = False
     weighting: Literal["image", "pixel"] = "pixel"
-    """Which weight of pseudo-labels is published with FixMatch and UniMatch (METHOD 4: the share of an image's confident
+    """Which weight of pseudo-labels is published with FixMatch and UniMatch (the share of an image's confident
     pixels helps codewords and harms one-hot labels)."""
 
     def scores(self, logits_BKHW: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class CodingConfig(Section):
     """How a class is written as outputs: the bits of a codeword, or one output per class (the baseline)."""
     codebook: CodebookConfig = CodebookConfig()
     reliability: float = Field(0.95, ge=0.5, le=1)
-    """Mean confidence T at which shared bits count as reliable. METHOD 4: 0.5 = code-wise, 1 = bit-wise labels."""
+    """Mean confidence T at which shared bits count as reliable. 0.5 = code-wise, 1 = bit-wise labels."""
     label_form: Literal["hybrid", "code", "bit"] = "hybrid"
     """Form of pseudo-labels: reliable bits from the codeword and the rest bit by bit, all code-wise, or all bit-wise."""
     bce_weight: float = Field(1.0, ge=0)

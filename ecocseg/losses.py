@@ -122,7 +122,7 @@ def stripwise_loss(logits_BKhw: Tensor, size: tuple[int, int], strip_loss: Strip
 
 @dataclass(frozen=True)
 class EcocWeights:
-    """What the ECOC loss is made of (METHOD 3)."""
+    """What the ECOC loss is made of."""
 
     bce: float = 1.0
     distance: float = 5.0

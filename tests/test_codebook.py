@@ -132,7 +132,7 @@ def test_dual_bch_codes_have_their_known_distance(m, k, distance):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 def test_bound_against_exhaustive_search(length):
-    """A(K, d) by a complete clique search; the bound must never be below it, and METHOD's cases are exact."""
+    """A(K, d) by a complete clique search; the bound must never be below it, and small cases are exact."""
     words = list(range(2**length))
     for distance in range(1, length + 1):
         largest = 0

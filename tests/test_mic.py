@@ -1,4 +1,4 @@
-"""MIC against a literal, slow reading of METHOD 5 in float64: every image shown, every pixel's target and weight."""
+"""MIC against a literal, slow reading of the paper in float64: every image shown, every pixel's target and weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FixMatch, UniMatch and UniMatch V2 against literal, slow readings of METHOD 6, in float64 and pixel by pixel."""
+"""FixMatch, UniMatch and UniMatch V2 against literal, slow readings of the papers, in float64 and pixel by pixel."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ start at any step without replaying what came before.
 
 - uniform: a pass is one round, a permutation of all n rows; group order, row order and windows are drawn anew in
   every pass.
-- rare class (METHOD 5, after DAFormer's rare class sampling): a pass is a planned multiset of n rows; see
+- rare class (after DAFormer's rare class sampling): a pass is a planned multiset of n rows; see
   `_RareClassPasses`.
 """
 

@@ -1,4 +1,4 @@
-"""Strong views of FixMatch and UniMatch (METHOD 6), made on the device from the weak crop: colour jitter, grey, blur.
+"""Strong views of FixMatch and UniMatch, made on the device from the weak crop: colour jitter, grey, blur.
 
 Each image of each view has a generator of its own, so a view depends on nothing but its seed: not on the worker, the
 micro-batch or the device. Shapes: B batch, C channels (3 for each date), H W pixels.

@@ -1,4 +1,4 @@
-"""FixMatch for segmentation, as UniMatch's repository has it (METHOD 6): labels of the weak view teach a strong view.
+"""FixMatch for segmentation, as UniMatch's repository has it: labels of the weak view teach a strong view.
 
 The student labels the weak view itself, in the pass that also learns the labelled images. The strong view has a box of
 another unlabelled image, the partner, pasted on it with its labels (CutMix); those are made in a pass of their own, in

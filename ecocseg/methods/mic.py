@@ -1,4 +1,4 @@
-"""MIC, masked image consistency (Hoyer et al., CVPR 2023; METHOD 5): self-training whose student also labels what it
+"""MIC, masked image consistency (Hoyer et al., CVPR 2023): self-training whose student also labels what it
 cannot see.
 
 A copy of each target image, with jitter and blur drawn anew, is blanked outside a random grid of blocks. The student has

@@ -1,4 +1,4 @@
-"""Self-training for domain adaptation: DACS and DAFormer (METHOD 5).
+"""Self-training for domain adaptation: DACS and DAFormer.
 
 The teacher labels the unlabelled target images; half of the classes of each source image are pasted on them with their
 labels (ClassMix); the student learns the source images and the mixed ones.

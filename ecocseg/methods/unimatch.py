@@ -1,4 +1,4 @@
-"""UniMatch (Yang et al., CVPR 2023; METHOD 6): FixMatch with two strong views and a view of perturbed features.
+"""UniMatch (Yang et al., CVPR 2023): FixMatch with two strong views and a view of perturbed features.
 
 The first pass decodes labelled and weak images twice, as one batch: as they are, and with half of the channels of every
 map the decoder reads dropped, image by image. loss = (labelled + (strong1 + strong2) / 4 + features / 2) / 2.

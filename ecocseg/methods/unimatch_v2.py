@@ -1,4 +1,4 @@
-"""UniMatch V2 (Yang et al., TPAMI 2025; METHOD 6): two strong views whose features are dropped out in complement.
+"""UniMatch V2 (Yang et al., TPAMI 2025): two strong views whose features are dropped out in complement.
 
 An EMA teacher in eval mode labels the weak view. Each image's two views are pasted from its neighbour in the batch, and in
 half of the images one view has the channels that the other one lacks. loss = (labelled + (strong1 + strong2) / 2) / 2.
