@@ -298,32 +298,40 @@ def test_pack_train_kill_and_resume_through_a_faulty_network(server: str, tmp_pa
             == json.loads((tmp_path / "runs/run/result.json").read_text())["results"])
 
 
-@pytest.mark.slow
-def test_an_outage_restarts_the_worker_and_bad_input_ends_the_run_at_once(server: str, tiny: Path, tmp_path: Path) -> None:
-    clean = Storage(endpoint=f"http://{server}")
+def trained_from_bucket(tiny: Path, folder: Path, clean: Storage, endpoint: str, **changes: Any) -> subprocess.Popen[str]:
+    """A run of 100 steps with data and run in the bucket, past its first checkpoint at step 10; no request is tried again."""
     clean.upload_dir(str(tiny), "s3://bucket/test/tiny")
-    plain = tiny_plain(tiny, tmp_path, train__steps=60, train__checkpoint_every=10)
-    plain["data"] |= {"labeled": "s3://bucket/test/tiny/source", "unlabeled": "s3://bucket/test/tiny/target", "eval": {}}
+    plain = tiny_plain(tiny, folder, train__steps=100, train__checkpoint_every=10, **changes)
+    plain["data"] |= {name: f"s3://bucket/test/tiny/{part}" for name, part in (("labeled", "source"), ("unlabeled", "target"))}
+    plain["data"]["eval"] = {"val": "s3://bucket/test/tiny/val"}
     plain["run"] |= {"directory": "s3://bucket/test/runs"}
+    plain["storage"] = {"endpoint": endpoint, "retries": 0}
+    (folder / "c.yaml").write_text(yaml.safe_dump(plain))
+    run = command("train_uda.py", "--config", str(folder / "c.yaml"))
+    wait_for(clean, "s3://bucket/test/runs/run/checkpoints/step_00000010/complete.json", run)
+    return run
+
+
+@pytest.mark.slow
+def test_an_outage_restarts_the_worker_from_its_checkpoint(server: str, tiny: Path, tmp_path: Path) -> None:
+    clean = Storage(endpoint=f"http://{server}")
     with FaultyS3(server, share=0) as faulty:
-        plain["storage"] = {"endpoint": faulty.url, "retries": 0, "timeout": 3.0}
-        (tmp_path / "c.yaml").write_text(yaml.safe_dump(plain))
-        run = command("train_uda.py", "--config", str(tmp_path / "c.yaml"))
-        wait_for(clean, "s3://bucket/test/runs/run/checkpoints/step_00000010/complete.json", run)
-        before = faulty.faults.total()
+        run = trained_from_bucket(tiny, tmp_path, clean, faulty.url)
         faulty.away = True
-        while faulty.faults.total() == before:
+        while faulty.faults.total() == 0:
             assert run.poll() is None, run.communicate()[0]
             time.sleep(0.05)
         faulty.away = False
         output = finish(run)
-        assert "going on from step" in output, output
-        assert list(curve("s3://bucket/test/runs/run", clean)) == list(range(1, 61))
+    assert "going on from step" in output, output
+    assert list(curve("s3://bucket/test/runs/run", clean)) == list(range(1, 101))
 
-        run = command("train_uda.py", "--config", str(tmp_path / "c.yaml"), "run.name=other", "train.steps=100000")
-        wait_for(clean, "s3://bucket/test/runs/other/checkpoints/step_00000010/complete.json", run)
-        for name in clean.list_files("s3://bucket/test/tiny/target"):
-            clean.delete(f"s3://bucket/test/tiny/target/{name}")
-        output = finish(run, code=2)
-        assert "shard s3://bucket/test/tiny/target/shard-00000.parquet cannot be read" in output
-        assert "going on from step" not in output
+
+@pytest.mark.slow
+def test_bad_input_in_a_worker_ends_the_run_at_once(server: str, tiny: Path, tmp_path: Path) -> None:
+    clean = Storage(endpoint=f"http://{server}")
+    run = trained_from_bucket(tiny, tmp_path, clean, f"http://{server}", train__eval_every=50)
+    clean.delete("s3://bucket/test/tiny/val/shard-00000.parquet")
+    output = finish(run, code=2)
+    assert "shard s3://bucket/test/tiny/val/shard-00000.parquet cannot be read" in output, output
+    assert "going on from step" not in output
