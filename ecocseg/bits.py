@@ -1,11 +1,13 @@
 """Bits in 64-bit words, and the mining of reliable bits.
 
-Shapes: B batch, N classes, K bits, X 64-bit words per code (ceil(K / 64)), P pixels in a row.
+Shapes: B batch, N classes, K bits, X 64-bit words per code (ceil(K / 64)), P pixels in a row,
+L planes of 8 bits of an image of H W pixels.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORD = 64
@@ -37,6 +39,21 @@ def unpack(words_XP: Tensor, num_bits: int) -> Tensor:
     bytes_LP = bytes_XP8.transpose(1, 2).contiguous().view(-1, 1, num_pixels)[: (num_bits + 7) // 8]
     masks_8 = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=words_XP.device)
     return (bytes_LP & masks_8[:, None]).ne(0).reshape(-1, num_pixels)[:num_bits]
+
+
+def to_planes(words_BXHW: Tensor, num_bits: int) -> Tensor:
+    """Words of images as planes of 8 bits each, without the unused ones. Shape: uint8 [B, ceil(K / 8), H, W]."""
+    batch, words, height, width = words_BXHW.shape
+    bytes_BXHW8 = words_BXHW.contiguous().view(torch.uint8).view(batch, words, height, width, 8)
+    return bytes_BXHW8.permute(0, 1, 4, 2, 3).reshape(batch, 8 * words, height, width)[:, : (num_bits + 7) // 8]
+
+
+def from_planes(planes_BLHW: Tensor) -> Tensor:
+    """The words that `to_planes` took apart. Shape: int64 [B, X, H, W]."""
+    batch, planes, height, width = planes_BLHW.shape
+    whole_BLHW = F.pad(planes_BLHW, (0, 0, 0, 0, 0, -planes % 8))
+    bytes_BXHW8 = whole_BLHW.view(batch, -1, 8, height, width).permute(0, 1, 3, 4, 2).contiguous()
+    return bytes_BXHW8.view(torch.int64).squeeze(-1)
 
 
 def popcount(words: Tensor) -> Tensor:

@@ -53,12 +53,38 @@ class Coding:
         """What windows, flips and scales may average. Shape: [B, K, H, W]."""
         raise NotImplementedError
 
+    def logits(self, probabilities_BKHW: Tensor) -> Tensor:
+        """Logits that have these (averaged) probabilities. Shape: [B, K, H, W]."""
+        raise NotImplementedError
+
     def encode(self, labels_BHW: Tensor) -> Target:
         """Target of annotated class ids (255 ignored)."""
         raise NotImplementedError
 
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
         """Target guessed from a teacher's logits, upsampled to `size` first; detached, with its confidence."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def changes(self, target: Target) -> Tensor | None:
+        """What a shard keeps of a pseudo-label's bits: those that are not its class's, in planes of 8, nearly all 0.
+        Shape: uint8 [B, L, H, W]; None where the class says it all."""
+        if target.bits is None:
+            return None
+        return bit_words.to_planes(target.bits ^ self._class_words(target.labels), self.num_outputs)
+
+    @torch.no_grad()
+    def stored(self, labels_BHW: Tensor, changes_BLHW: Tensor | None, weight_B: Tensor) -> Target:
+        """Target of pseudo-labels from a shard: what `changes` was taken of, weighed image by image."""
+        target = self.encode(labels_BHW)
+        if target.bits is not None and changes_BLHW is not None:
+            target.bits = target.bits ^ bit_words.from_planes(changes_BLHW)
+        target.weight = weight_B[:, None, None].to(target.weight.dtype).expand_as(target.weight)
+        target.is_true = torch.zeros_like(target.is_true)
+        return target
+
+    def _class_words(self, labels_BHW: Tensor) -> Tensor:
+        """Packed codewords of class ids; 0 where ignored. Shape: int64 [B, X, H, W]."""
         raise NotImplementedError
 
     def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
@@ -119,6 +145,9 @@ class OneHotCoding(Coding):
 
     def probabilities(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.to(compute_dtype(logits_BKHW)).softmax(1)
+
+    def logits(self, probabilities_BKHW: Tensor) -> Tensor:
+        return probabilities_BKHW.log()
 
     def encode(self, labels_BHW: Tensor) -> Target:
         return true_target(labels_BHW, None)
@@ -206,6 +235,9 @@ class EcocCoding(Coding):
     def probabilities(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.to(compute_dtype(logits_BKHW)).sigmoid()
 
+    def logits(self, probabilities_BKHW: Tensor) -> Tensor:
+        return probabilities_BKHW.logit()
+
     def scores(self, logits_BKHW: Tensor) -> Tensor:
         return self.scores_from_probabilities(self.probabilities(logits_BKHW))
 
@@ -218,10 +250,13 @@ class EcocCoding(Coding):
         return scores_BNP.view(len(p_BKP), self.num_classes, *probabilities_BKHW.shape[2:])
 
     def encode(self, labels_BHW: Tensor) -> Target:
+        return true_target(labels_BHW, self._class_words(labels_BHW))
+
+    def _class_words(self, labels_BHW: Tensor) -> Tensor:
         words_XN = self._on(labels_BHW.device, torch.float32).words_XN
         known_BHW = labels_BHW != IGNORE
         index_BHW = torch.where(known_BHW, labels_BHW, 0).long()
-        return true_target(labels_BHW, torch.where(known_BHW[:, None], words_XN[:, index_BHW].transpose(0, 1), 0))
+        return torch.where(known_BHW[:, None], words_XN[:, index_BHW].transpose(0, 1), 0)
 
     @torch.no_grad()
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:

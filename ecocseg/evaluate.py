@@ -121,6 +121,40 @@ def predict(
     Logits or probabilities (`spec.average`) of all windows, flips and scales are averaged and decoded once, in float32;
     `autocast` is the precision of the model's forward pass alone.
     """
+    mean_BKHW = predict_mean(model, coding, image_B3HW, spec, size, autocast)
+    if spec.average == "logits":
+        return Prediction(coding.scores(mean_BKHW), coding.probabilities(mean_BKHW))
+    return Prediction(coding.scores_from_probabilities(mean_BKHW), mean_BKHW)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module,
+    coding: Any,
+    image_B3HW: Tensor,
+    spec: EvalSpec,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """Logits [B, K, h, w] of normalised float images, as `predict` averages them. Of a single pass they are the model's own,
+    still to be upsampled to the image's size."""
+    if spec.mode == "whole" and not spec.flip and spec.scales == (1.0,):
+        height, width = spec.resize or image_B3HW.shape[-2:]
+        with torch.autocast(image_B3HW.device.type, dtype=autocast, enabled=autocast is not None):
+            return model(_resize_image(image_B3HW, (height, width))).float()
+    mean_BKHW = predict_mean(model, coding, image_B3HW, spec, autocast=autocast)
+    return mean_BKHW if spec.average == "logits" else coding.logits(mean_BKHW)
+
+
+@torch.no_grad()
+def predict_mean(
+    model: nn.Module,
+    coding: Any,
+    image_B3HW: Tensor,
+    spec: EvalSpec,
+    size: tuple[int, int] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """Logits or probabilities (`spec.average`) [B, K, H, W] at `size`, averaged over windows, flips and scales."""
 
     def forward(window_B3HW: Tensor) -> Tensor:
         with torch.autocast(window_B3HW.device.type, dtype=autocast, enabled=autocast is not None):
@@ -138,10 +172,7 @@ def predict(
             total = map_BKHW if total is None else total + map_BKHW
             views += 1
     assert total is not None
-    mean_BKHW = total if views == 1 else total / views
-    if spec.average == "logits":
-        return Prediction(coding.scores(mean_BKHW), coding.probabilities(mean_BKHW))
-    return Prediction(coding.scores_from_probabilities(mean_BKHW), mean_BKHW)
+    return total if views == 1 else total / views
 
 
 def predict_scores(
@@ -321,6 +352,16 @@ def image_tensor(data: bytes, name: str) -> Tensor:
         raise InputError(f"image_id {name!r}: the image does not decode ({error}); pack it again") from error
 
 
+def image_of_row(row: Mapping[str, Any], pair: bool) -> Tensor:
+    """uint8 image [3, H, W] of a shard row; of a pair the two dates behind one another, [6, H, W]. InputError as below."""
+    name = str(row["image_id"])
+    image_3HW = image_tensor(row["image"], name)
+    if not pair:
+        return image_3HW
+    second_date(row["image_b"], (image_3HW.shape[2], image_3HW.shape[1]), name)
+    return torch.cat([image_3HW, image_tensor(row["image_b"], f"{name}, second date")])
+
+
 def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W] and uint8 [H, W]. Rows that have
     `image_b` give the two dates behind one another, [6, H, W].
@@ -329,10 +370,7 @@ def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor,
     """
     for row in rows:
         name = str(row["image_id"])
-        image_3HW = image_tensor(row["image"], name)
-        if "image_b" in row:
-            second_date(row["image_b"], (image_3HW.shape[2], image_3HW.shape[1]), name)
-            image_3HW = torch.cat([image_3HW, image_tensor(row["image_b"], f"{name}, second date")])
+        image_3HW = image_of_row(row, "image_b" in row)
         labels_HW = torch.from_numpy(np.array(decode_mask(row["mask"], name)))
         if labels_HW.shape != image_3HW.shape[1:]:
             sizes = f"{tuple(image_3HW.shape[1:])} but its mask {tuple(labels_HW.shape)} (height, width)"

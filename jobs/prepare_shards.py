@@ -303,8 +303,8 @@ def _show_plan(parts: list[Part], options: argparse.Namespace) -> None:
 class ProgressLine:
     """One line that is written over on a terminal; a line every half minute elsewhere."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.terminal, self.shown = stream, stream.isatty(), time.monotonic()
+    def __init__(self, stream: TextIO, done: str = "packed") -> None:
+        self.stream, self.terminal, self.shown, self.done = stream, stream.isatty(), time.monotonic(), done
         self.calls: list[tuple[float, int]] = []
         """Time and images of the first call, with what was there, and of the second: a shard is packed, all has begun."""
 
@@ -314,9 +314,9 @@ class ProgressLine:
             self.calls.append((now, packed))
         if len(self.calls) == 1:
             if packed:
-                print(f"going on: {packed} of {total} images were packed before", file=self.stream, flush=True)
+                print(f"going on: {packed} of {total} images were {self.done} before", file=self.stream, flush=True)
             return
-        text, (since, before) = f"packed {packed} of {total} images, {num_bytes / 2**20:.0f} MiB", self.calls[1]
+        text, (since, before) = f"{self.done} {packed} of {total} images, {num_bytes / 2**20:.0f} MiB", self.calls[1]
         if before < packed < total:
             text += f", {(now - since) / (packed - before) * (total - packed) / 60:.0f} min left"
         if self.terminal:

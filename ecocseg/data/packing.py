@@ -118,7 +118,7 @@ def pack_parts(parts: Sequence[Part], *, workers: int | None = None, overwrite: 
     results: dict[int, dict[int, Packed]] = {}
     for index, part in enumerate(parts):
         if made[index] is None:
-            results[index] = done_before(part, skip_bad)
+            results[index] = done_before(part.shards, part.destination, part.storage, skip_bad)
             plain = {"selection": part.selection, "rows": [len(shard.entries) for shard in part.shards]}
             part.storage.write_bytes(join(part.destination, NOTES, PLAN), json.dumps(plain).encode())
     _pack_missing(parts, results, workers, skip_bad, progress)
@@ -233,16 +233,16 @@ def _finish(part: Part, results: Mapping[int, Packed], other: Manifest | None) -
     manifest = Manifest(part.destination, part.source.dataset, part.source.classes, sum(file.rows for file in files), labeled,
                         tuple(files), tuple(int(total) for total in totals), options=options)
     check_files(manifest, part.storage)
-    _tidy(part, {file.name for file in files}, skipped)
+    tidy(part.destination, part.storage, {file.name for file in files}, skipped)
     part.storage.write_bytes(join(part.destination, MANIFEST), manifest.to_json())
     part.storage.delete(join(part.destination, NOTES))
     return manifest
 
 
-def _tidy(part: Part, written: set[str], skipped: Sequence[str]) -> None:
+def tidy(destination: str, storage: Storage, written: set[str], skipped: Sequence[str]) -> None:
     """Delete shards of a longer set that was here before, and files cut off while they were written; list what was skipped."""
-    for name in part.storage.list_files(part.destination):
+    for name in storage.list_files(destination):
         if (name.startswith("shard-") and name not in written) or name.endswith(".part") or name == SKIPPED:
-            part.storage.delete(join(part.destination, name))
+            storage.delete(join(destination, name))
     if skipped:
-        part.storage.write_bytes(join(part.destination, SKIPPED), "".join(f"{problem}\n" for problem in skipped).encode())
+        storage.write_bytes(join(destination, SKIPPED), "".join(f"{problem}\n" for problem in skipped).encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -71,7 +71,7 @@ def task_of(part: Part, skip_bad: bool, threads: int) -> Task:
     return Task(part.source.read, part.source.classes, part.settings, part.destination, part.storage, skip_bad, threads)
 
 
-def _note(number: int) -> str:
+def note_name(number: int) -> str:
     return f"shard-{number:05d}.json"
 
 
@@ -108,7 +108,7 @@ def pack_shard(shard: Shard, task: Task) -> Packed:
     Raises:
         InputError: when the destination cannot be written.
     """
-    note = join(task.destination, NOTES, _note(shard.number))
+    note = join(task.destination, NOTES, note_name(shard.number))
     task.storage.delete(note)  # first: what is there may be of other settings, and is no longer done when it is replaced
     with ThreadPoolExecutor(task.threads) as pool:
         rows = list(pool.map(partial(make_row, task=task), shard.entries))
@@ -131,19 +131,19 @@ def pack_shard(shard: Shard, task: Task) -> Packed:
     return packed
 
 
-def done_before(part: Part, skip_bad: bool) -> dict[int, Packed]:
+def done_before(shards: Sequence[Shard], destination: str, storage: Storage, skip_bad: bool) -> dict[int, Packed]:
     """Shards of the plan that an earlier try finished, by number."""
-    names = set(part.storage.list_files(join(part.destination, NOTES)))
+    names = set(storage.list_files(join(destination, NOTES)))
 
     def look(shard: Shard) -> Packed | None:
-        if _note(shard.number) not in names:
+        if note_name(shard.number) not in names:
             return None
         try:
-            packed = Packed.from_json(part.storage.read_bytes(join(part.destination, NOTES, _note(shard.number))))
+            packed = Packed.from_json(storage.read_bytes(join(destination, NOTES, note_name(shard.number))))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        there = packed.file is None or part.storage.size(join(part.destination, packed.file.name)) == packed.file.bytes
+        there = packed.file is None or storage.size(join(destination, packed.file.name)) == packed.file.bytes
         return packed if packed.fingerprint == shard.fingerprint and there and (skip_bad or not packed.problems) else None
 
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        return {packed.number: packed for packed in pool.map(look, part.shards) if packed is not None}
+        return {packed.number: packed for packed in pool.map(look, shards) if packed is not None}

@@ -36,6 +36,9 @@ SCHEMA = pa.schema([
     ("image_id", pa.string()), ("image", pa.binary()), ("mask", pa.binary()), ("image_b", pa.binary()),
     ("height", pa.int32()), ("width", pa.int32()), ("class_pixels", pa.list_(pa.int64())), ("group", pa.string()),
     ("index", pa.int32())])
+PSEUDO_SCHEMA = pa.schema([*SCHEMA, ("bits", pa.binary()), ("weight", pa.float32()), ("stability", pa.float32())])
+"""Of pseudo-labelled shards, whose manifest has the option `pseudo_labels` (see data/pseudo.py). The mask is the guess;
+`bits` are those that differ from its codewords', `weight` is the image's, `stability` that of its prediction."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,14 @@ def inspect_record(record: Record, classes: ClassList) -> tuple[dict[str, Any], 
 class ShardBuilder:
     """A shard in memory: rows are collected into row groups of at most `group_rows` rows and about 8 MiB."""
 
-    def __init__(self, group_rows: int) -> None:
-        self.group_rows = group_rows
+    def __init__(self, group_rows: int, schema: pa.Schema = SCHEMA) -> None:
+        self.group_rows, self.schema = group_rows, schema
         self._rows: list[dict[str, Any]] = []
         self._waiting = 0
         self._groups: list[int] = []
         self._sink = io.BytesIO()
         # image bytes are compressed already; checksums, because a reader must notice damage in the middle of a run
-        self._writer = pq.ParquetWriter(self._sink, SCHEMA, compression="none", use_dictionary=False,
+        self._writer = pq.ParquetWriter(self._sink, schema, compression="none", use_dictionary=False,
                                         write_statistics=False, write_page_checksum=True)
 
     @property
@@ -145,13 +148,13 @@ class ShardBuilder:
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        self._waiting += sum(len(row[column] or b"") for column in ("image", "mask", "image_b"))
+        self._waiting += sum(len(row.get(column) or b"") for column in ("image", "mask", "image_b", "bits"))
         if len(self._rows) >= self.group_rows or self._waiting >= ROW_GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self.schema), row_group_size=len(self._rows))
             self._groups.append(len(self._rows))
         self._rows, self._waiting = [], 0
 
