@@ -1,6 +1,7 @@
 """The coding maths as slow and obvious loops over pixels, classes and bits, in Python floats (float64).
 
-Decoding, losses and bit mining of ECOCSeg (NeurIPS 2025), term by term; nothing here is shared with the package. Tests compare the two.
+Decoding, losses and bit mining of ECOCSeg (NeurIPS 2025), term by term; nothing here is shared with the package. Tests compare
+the two.
 """
 
 from __future__ import annotations
