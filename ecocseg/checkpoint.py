@@ -86,7 +86,8 @@ def build_storage(config: RunConfig) -> Storage:
 def build_spec(config: RunConfig) -> EvalSpec:
     e = config.eval
     return EvalSpec(mode=e.mode, crop=e.crop, stride=e.stride, flip=e.flip, scales=e.scales, average=e.average,
-                    resize=e.resize, scored_classes=e.scored_classes, align_corners=config.coding.align_corners)
+                    resize=e.resize, scored_classes=e.scored_classes, multiple=e.multiple,
+                    align_corners=config.coding.align_corners)
 
 
 def _flat(optimizer: OptimizerState) -> dict[str, Tensor]:

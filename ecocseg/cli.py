@@ -222,7 +222,7 @@ def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDispl
             result = finished_or_train(one, display)
             for eval_name, by_model in result.results.items():
                 for which, found in by_model.items():
-                    scores.setdefault(name, {}).setdefault(f"{eval_name} {which}", []).append(100 * found["miou"])
+                    scores.setdefault(name, {}).setdefault(f"{eval_name} {which}", []).append(100 * found["score"])
     display.close()
     print(summary(scores, seeds))
     return 0

@@ -322,7 +322,11 @@ class EvalConfig(Section):
     average: Literal["logits", "probabilities"] = "logits"
     """What windows, flips and scales are averaged in: logits (UDA) or probabilities (UniMatch)."""
     scored_classes: tuple[int, ...] | None = None
-    """Class ids mIoU is taken over; null = all. SYNTHIA scores 16 of 19."""
+    """Class ids mIoU (or Dice) is taken over; null = all. SYNTHIA scores 16 of 19."""
+    metric: Literal["iou", "dice"] = "iou"
+    """What checkpoints are compared by: mIoU over all pixels, or 3-D Dice of each volume, averaged (medical slices)."""
+    multiple: int = Field(1, ge=1)
+    """Sides are rounded to a multiple of this many pixels for the model (a ViT's patch); scores return to the label's size."""
 
 
 class StorageConfig(Section):

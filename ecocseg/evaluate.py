@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ecocseg.data.transforms import IGNORE, decode_image, decode_mask, second_date
 from ecocseg.errors import InputError
+from ecocseg.volumes import dice, overlap
 
 NUM_BINS = 15  # equal-width bins over [0, 1], bin i = (i / 15, (i + 1) / 15]; Guo et al. 2017
 CONFIDENCE_UNIT = NUM_BINS * 1024  # confidences are counted in steps of 1 / this; rounding moves none by over 3.3e-5
@@ -72,6 +73,8 @@ class EvalSpec:
     """Test height and width in pixels; None = the image's own. Predictions return to the label's size before argmax."""
     scored_classes: tuple[int, ...] | None = None
     """Class ids the mIoU averages; None = all. SYNTHIA recipes score 16 of the 19 Cityscapes classes."""
+    multiple: int = 1
+    """Both sides of the test size are rounded to a multiple of this many pixels; a ViT's patch."""
     align_corners: bool = False
     """Bilinear convention for upsampling predictions: false in the UDA family, true in the UniMatch family."""
 
@@ -83,6 +86,8 @@ class EvalSpec:
             problems.append(f"eval.average {self.average!r} is unknown; use logits or probabilities")
         if not self.scales or min(self.scales) <= 0:
             problems.append(f"eval.scales {list(self.scales)} must hold positive factors, e.g. [0.75, 1.0, 1.25]")
+        if self.multiple < 1:
+            problems.append(f"eval.multiple {self.multiple} must be at least 1 pixel")
         if self.resize is not None and min(self.resize) < 1:
             problems.append(f"eval.resize {list(self.resize)} must be a height and a width of at least 1 pixel")
         if self.mode == "slide":
@@ -138,9 +143,9 @@ def predict_logits(
     """Logits [B, K, h, w] of normalised float images, as `predict` averages them. Of a single pass they are the model's own,
     still to be upsampled to the image's size."""
     if spec.mode == "whole" and not spec.flip and spec.scales == (1.0,):
-        height, width = spec.resize or image_B3HW.shape[-2:]
+        size = _test_size(image_B3HW, spec)
         with torch.autocast(image_B3HW.device.type, dtype=autocast, enabled=autocast is not None):
-            return model(_resize_image(image_B3HW, (height, width))).float()
+            return model(_resize_image(image_B3HW, size)).float()
     mean_BKHW = predict_mean(model, coding, image_B3HW, spec, autocast=autocast)
     return mean_BKHW if spec.average == "logits" else coding.logits(mean_BKHW)
 
@@ -161,11 +166,10 @@ def predict_mean(
             return model(window_B3HW).float()
 
     size = size or (image_B3HW.shape[-2], image_B3HW.shape[-1])
-    base_h, base_w = spec.resize or image_B3HW.shape[-2:]
     total: Tensor | None = None
     views = 0
     for scale in spec.scales:
-        view = _resize_image(image_B3HW, (max(1, round(base_h * scale)), max(1, round(base_w * scale))))
+        view = _resize_image(image_B3HW, _test_size(image_B3HW, spec, scale))
         for mirrored in (False, True) if spec.flip else (False,):
             map_BKHW = _predict_view(forward, coding, view.flip(-1) if mirrored else view, spec)
             map_BKHW = _upsample(map_BKHW.flip(-1) if mirrored else map_BKHW, size, spec.align_corners)
@@ -218,6 +222,12 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     """First pixels of windows that cover `length` pixels, each inside it: the last is moved back to the border."""
     count = max(0, math.ceil((length - window) / stride)) + 1
     return [max(0, min(i * stride, length - window)) for i in range(count)]
+
+
+def _test_size(image_B3HW: Tensor, spec: EvalSpec, scale: float = 1.0) -> tuple[int, int]:
+    height, width = (max(1, round(side * scale / spec.multiple)) * spec.multiple
+                     for side in spec.resize or image_B3HW.shape[-2:])
+    return height, width
 
 
 def _resize_image(image_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -291,7 +301,9 @@ class EvalResult:
     calibration: Tensor
     """int64 [15, 3]: values, right ones, confidence sum in units of 1 / CONFIDENCE_UNIT; see `calibration_counts`."""
     scored_classes: tuple[int, ...] | None = None
-    """Class ids that `miou` averages; None = all."""
+    """Class ids that `miou` and `score` average; None = all."""
+    volumes: Tensor | None = None
+    """int64 [V, 3, N]: pixels of each volume in both, in the prediction, in the truth; None without volumes."""
 
     @property
     def iou(self) -> Tensor:
@@ -303,8 +315,21 @@ class EvalResult:
     @property
     def miou(self) -> float:
         """Mean of `iou` over the scored classes present in truth or prediction (NaN ones left out, as mmseg does)."""
-        iou = self.iou if self.scored_classes is None else self.iou[list(self.scored_classes)]
-        return float(iou.nanmean())
+        return self._mean(self.iou)
+
+    @property
+    def dice(self) -> Tensor | None:
+        """float64 [N]: 3-D Dice, averaged over volumes; None without volumes. See `volumes.dice`."""
+        return None if self.volumes is None else dice(self.volumes)
+
+    @property
+    def score(self) -> float:
+        """What checkpoints are compared by: the mean Dice where volumes are counted, else the mIoU."""
+        return self.miou if self.dice is None else self._mean(self.dice)
+
+    def _mean(self, values_N: Tensor) -> float:
+        chosen = values_N if self.scored_classes is None else values_N[list(self.scored_classes)]
+        return float(chosen.nanmean())
 
     @property
     def accuracy(self) -> float:
@@ -317,26 +342,35 @@ class EvalResult:
         count, right, units = self.calibration.double().unbind(dim=1)
         return float((right - units / CONFIDENCE_UNIT).abs().sum() / count.sum())
 
+    def figures(self) -> dict[str, float]:
+        """What is logged."""
+        return {"miou": self.miou, "accuracy": self.accuracy, "ece": self.ece} | (
+            {"dice": self.score} if self.dice is not None else {})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the figures (None for NaN) and the counts `from_dict` rebuilds them from."""
         return {
             "miou": _or_none(self.miou),
             "accuracy": _or_none(self.accuracy),
             "ece": _or_none(self.ece),
+            "score": _or_none(self.score),
             "iou": [_or_none(value) for value in self.iou.tolist()],
+            "dice": None if self.dice is None else [_or_none(value) for value in self.dice.tolist()],
             "confusion": self.confusion.tolist(),
             "calibration": self.calibration.tolist(),
             "scored_classes": None if self.scored_classes is None else list(self.scored_classes),
+            "volumes": None if self.volumes is None else self.volumes.tolist(),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
         """The result that `to_dict` wrote."""
-        scored = data.get("scored_classes")
+        scored, volumes = data.get("scored_classes"), data.get("volumes")
         return cls(
             confusion=torch.tensor(data["confusion"], dtype=torch.int64),
             calibration=torch.tensor(data["calibration"], dtype=torch.int64),
             scored_classes=None if scored is None else tuple(scored),
+            volumes=None if volumes is None else torch.tensor(volumes, dtype=torch.int64),
         )
 
 
@@ -362,9 +396,9 @@ def image_of_row(row: Mapping[str, Any], pair: bool) -> Tensor:
     return torch.cat([image_3HW, image_tensor(row["image_b"], f"{name}, second date")])
 
 
-def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W] and uint8 [H, W]. Rows that have
-    `image_b` give the two dates behind one another, [6, H, W].
+def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor, str | None]]:
+    """Samples for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W], uint8 [H, W] and the volume, if
+    rows have a `group`. Rows that have `image_b` give the two dates behind one another, [6, H, W].
 
     Raises InputError naming the image if it or its mask does not decode or their sizes differ.
     """
@@ -375,47 +409,48 @@ def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor,
         if labels_HW.shape != image_3HW.shape[1:]:
             sizes = f"{tuple(image_3HW.shape[1:])} but its mask {tuple(labels_HW.shape)} (height, width)"
             raise InputError(f"image_id {name!r}: the image is {sizes}; pack the pair again with equal sizes")
-        yield image_3HW, labels_HW
+        yield image_3HW, labels_HW, row.get("group")
 
 
 @torch.no_grad()
 def evaluate(
     models: Mapping[str, nn.Module],
     coding: Any,
-    samples: Iterable[tuple[Tensor, Tensor]],
+    samples: Iterable[tuple[Tensor, Tensor, str | None]],
     spec: EvalSpec,
     *,
     normalize: Normalize,
     device: torch.device | str,
+    volumes: Sequence[str] = (),
     reduce: Callable[[Tensor], Tensor] | None = None,
     autocast: torch.dtype | None = None,
 ) -> dict[str, EvalResult]:
-    """Evaluate several models in one pass over `samples`, pairs of uint8 image [3, H, W] and labels [H, W] of any size.
+    """Evaluate several models in one pass over `samples`: uint8 image [3, H, W] and labels [H, W] of any size, and the
+    volume they are a slice of. With `volumes`, the names of all of them, Dice is counted too.
 
     Models run in eval mode and get their modes back. `reduce` sums one int64 tensor on `device` over workers; each
     worker calls it once, so one without a sample still takes part. `autocast` is the forward pass's precision.
     """
     device = torch.device(device)
     num_classes = coding.num_classes
-    counts = {
-        name: (
-            torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device),
-            torch.zeros(NUM_BINS, 3, dtype=torch.int64, device=device),
-        )
-        for name in models
-    }
+    sizes = [(num_classes, num_classes), (NUM_BINS, 3), (len(volumes), 3, num_classes)]
+    counts = {name: [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes] for name in models}
+    place = {volume: i for i, volume in enumerate(volumes)}
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
     try:
         for model in models.values():
             model.eval()
-        for image_3HW, labels_HW in samples:
+        for image_3HW, labels_HW, volume in samples:
             image_B3HW = normalize(image_3HW.to(device, non_blocking=True).unsqueeze(0))
             labels_BHW = labels_HW.to(device, non_blocking=True).long().unsqueeze(0)
             size = (labels_BHW.shape[-2], labels_BHW.shape[-1])
             for name, model in models.items():
                 prediction = predict(model, coding, image_B3HW, spec, size, autocast)
-                counts[name][0].add_(confusion(prediction.scores.argmax(dim=1), labels_BHW, num_classes))
+                pred_BHW = prediction.scores.argmax(dim=1)
+                counts[name][0].add_(confusion(pred_BHW, labels_BHW, num_classes))
                 counts[name][1].add_(calibration_counts(prediction.probabilities, labels_BHW, coding))
+                if volume in place:
+                    counts[name][2][place[volume]].add_(overlap(pred_BHW, labels_BHW, num_classes))
     finally:
         for module, training in modes:
             module.training = training  # not .train(): that would also unfreeze children kept in eval mode
@@ -423,38 +458,38 @@ def evaluate(
 
 
 def _collect(
-    counts: Mapping[str, tuple[Tensor, Tensor]], spec: EvalSpec, reduce: Callable[[Tensor], Tensor] | None
+    counts: Mapping[str, Sequence[Tensor]], spec: EvalSpec, reduce: Callable[[Tensor], Tensor] | None
 ) -> dict[str, EvalResult]:
     """Sum over workers with one call for all models."""
     if not counts:
         return {}
-    packed = torch.cat([part.reshape(-1) for pair in counts.values() for part in pair])
+    packed = torch.cat([part.reshape(-1) for parts in counts.values() for part in parts])
     packed = (packed if reduce is None else reduce(packed)).cpu()
-    results, start = {}, 0
-    for name, (matrix, bins) in counts.items():
-        middle, end = start + matrix.numel(), start + matrix.numel() + bins.numel()
-        results[name] = EvalResult(
-            confusion=packed[start:middle].view(matrix.shape).clone(),
-            calibration=packed[middle:end].view(bins.shape).clone(),
-            scored_classes=spec.scored_classes,
-        )
-        start = end
+    results = {}
+    for (name, parts), whole in zip(counts.items(), packed.chunk(len(counts)), strict=True):
+        pieces = whole.split([part.numel() for part in parts])
+        matrix, bins, volumes = (piece.view(part.shape).clone() for piece, part in zip(pieces, parts, strict=True))
+        results[name] = EvalResult(matrix, bins, spec.scored_classes, volumes if len(volumes) else None)
     return results
 
 
 def table(results: Mapping[str, EvalResult], class_names: Sequence[str], *, difference: bool = True) -> str:
-    """Per-class IoU, mIoU, pixel accuracy and calibration error in percent, a column per result.
+    """Per-class IoU (Dice where volumes are counted), mIoU, pixel accuracy and calibration error in percent, a column per
+    result.
 
     With two or more results a last column gives the last minus the first. Classes that the mIoU leaves out are in
     brackets; a dash stands for a class that is neither in the truth nor predicted.
     """
     columns = list(results.values())
     scored = columns[0].scored_classes if columns else None
+    by_volume = bool(columns) and all(r.dice is not None for r in columns)
+    values = [r.dice if by_volume and r.dice is not None else r.iou for r in columns]
     rows = [
-        (name if scored is None or i in scored else f"({name})", [100 * float(r.iou[i]) for r in columns])
+        (name if scored is None or i in scored else f"({name})", [100 * float(each[i]) for each in values])
         for i, name in enumerate(class_names)
     ]
     summary = [
+        *([("mean 3-D Dice", [100 * r.score for r in columns])] if by_volume else []),
         ("mIoU", [100 * r.miou for r in columns]),
         ("pixel accuracy", [100 * r.accuracy for r in columns]),
         ("calibration error", [100 * r.ece for r in columns]),
@@ -463,7 +498,8 @@ def table(results: Mapping[str, EvalResult], class_names: Sequence[str], *, diff
     changed = difference and len(columns) > 1
     if changed:
         header.append("change")
-    first = max(len("IoU, %"), *(len(name) for name, _ in rows + summary))
+    corner = "Dice, %" if by_volume else "IoU, %"
+    first = max(len(corner), *(len(name) for name, _ in rows + summary))
     widths = [max(8, len(name)) for name in header]
 
     def line(name: str, values: list[float]) -> str:
@@ -473,6 +509,6 @@ def table(results: Mapping[str, EvalResult], class_names: Sequence[str], *, diff
             cells.append(f"{change:+.1f}" if not math.isnan(change) else "-")
         return "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
 
-    head = "  ".join(["IoU, %".ljust(first), *(name.rjust(width) for name, width in zip(header, widths, strict=True))])
+    head = "  ".join([corner.ljust(first), *(name.rjust(width) for name, width in zip(header, widths, strict=True))])
     rule = "-" * len(head)
     return "\n".join([head, rule, *(line(*row) for row in rows), rule, *(line(*row) for row in summary)])

@@ -32,6 +32,7 @@ from ecocseg.panels import training_picture
 from ecocseg.storage import is_remote, join
 from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker, read_metrics
+from ecocseg.volumes import volume_names
 
 Report = Callable[[dict[str, Any]], bool]
 """Sends a message to whoever watches the run; true when the run is asked to stop."""
@@ -85,6 +86,8 @@ class Session:
         self.coding = checkpoint.build_coding(config.coding, self.book, self.classes.num_classes)
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.spec = checkpoint.build_spec(config)
+        self.volumes = {name: volume_names(self.manifests[f"eval/{name}"], self.storage) if config.eval.metric == "dice" else []
+                        for name in config.data.eval}
         segmenter = checkpoint.build_model(config.model, self.coding.num_outputs, storage=self.storage).to(world.device)
         if config.engine.channels_last:  # convolutions keep their input's order; DeepSpeed wants weights in plain order
             segmenter.memory_format = torch.channels_last
@@ -276,21 +279,22 @@ class Session:
         models = self._averaged_models()
         results = {}
         for name in self.config.data.eval:
-            rows = iter_rows(self.manifests[f"eval/{name}"], self.world.rank, self.world.size,
-                             (*self.config.model.image_columns, "mask"), self.storage)
+            manifest, volumes = self.manifests[f"eval/{name}"], self.volumes[name]
+            rows = iter_rows(manifest, self.world.rank, self.world.size,
+                             (*self.config.model.image_columns, "mask", *(["group"] if volumes else [])), self.storage)
             results[name] = evaluate(
                 models, self.coding, samples_of_rows(rows), self.spec,
-                normalize=self.normalize, device=self.world.device, reduce=self.world.sum,
+                normalize=self.normalize, device=self.world.device, reduce=self.world.sum, volumes=volumes,
                 autocast=self.engine.autocast_dtype)
         if record and self.world.rank == 0:
-            scalars = {f"{name}/{which}/{key}": getattr(result, key) for name, by_model in results.items()
-                       for which, result in by_model.items() for key in ("miou", "accuracy", "ece")}
+            scalars = {f"{name}/{which}/{key}": value for name, by_model in results.items()
+                       for which, result in by_model.items() for key, value in result.figures().items()}
             self._record(scalars | {f"{name}/teacher_student_gap": by_model["teacher"].miou - by_model["student"].miou
                                     for name, by_model in results.items() if "teacher" in by_model})
         return results
 
     def _score(self, results: dict[str, dict[str, EvalResult]]) -> float:
-        return next(iter(results.values()))["student"].miou if results else -1.0
+        return next(iter(results.values()))["student"].score if results else -1.0
 
     def _save(self, results: dict[str, dict[str, EvalResult]]) -> None:
         self._averaged_models()

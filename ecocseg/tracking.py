@@ -136,8 +136,8 @@ class ProgressDisplay:
     """The run's one progress display, for the process whose output a person reads.
 
     `update` takes plain records, any subset of: `step`, `total`, `rate` (steps/s), `eta` (s), `phase` (text), `loss`
-    and `loss/<part>`, `confident_share`, `corrected_bits`, `data_wait_share`, `miou` (fractions), the last four with
-    any `prefix/` and `miou` also as `miou/<which>`; `time/steps_per_second` takes the place of `rate`. Other keys are
+    and `loss/<part>`, `confident_share`, `corrected_bits`, `data_wait_share`, `miou`, `dice` (fractions), the last five with
+    any `prefix/` and scores also as `miou/<which>`; `time/steps_per_second` takes the place of `rate`. Other keys are
     not shown. A value stays until its next one comes. A record of `kind` `message` is printed as its `text`,
     `checkpoint` as its `url`; `final` is left to the caller. On a terminal it is a live panel; otherwise one line per
     `interval` seconds or 10 % of the run, whichever comes first, and always at an evaluation, a new phase and the end.
@@ -175,7 +175,7 @@ class ProgressDisplay:
         if kind == "final":
             return
         new_phase = "phase" in record and record["phase"] != self._state.get("phase")
-        evaluated = any("miou" in name.split("/") for name in record)
+        evaluated = any(not _SCORES.keys().isdisjoint(name.split("/")) for name in record)
         self._state.update(record)
         if self._live is not None:
             if evaluated:  # stays in the scrollback
@@ -244,6 +244,8 @@ def _progress_parts(state: Mapping[str, Any]) -> list[str]:
 
 _SHARES = {"confident_share": "confident", "corrected_bits": "bits corrected", "data_wait_share": "waiting for data"}
 
+_SCORES = {"miou": "mIoU", "dice": "Dice"}
+
 
 def _metric_parts(state: Mapping[str, Any]) -> list[str]:
     """Losses first, then shares, then mIoU, each group in the order in which it came."""
@@ -256,9 +258,9 @@ def _metric_parts(state: Mapping[str, Any]) -> list[str]:
             losses.append((len(path), f"{' '.join(path[1:]).replace('_', ' ') or 'loss'} {value:.3f}"))
         elif path[-1] in _SHARES:
             shares.append(f"{_SHARES[path[-1]]} {100 * value:.1f} %")
-        elif "miou" in path:
-            which = " ".join(part for part in path if part != "miou")
-            scores.append(f"mIoU {which + ' ' if which else ''}{100 * value:.1f}")
+        elif found := [part for part in path if part in _SCORES]:
+            which = " ".join(part for part in path if part not in _SCORES)
+            scores.append(f"{_SCORES[found[0]]} {which + ' ' if which else ''}{100 * value:.1f}")
     return [text for _, text in sorted(losses, key=lambda pair: pair[0])] + shares + scores
 
 

@@ -36,8 +36,9 @@ from ecocseg.errors import InputError
 from ecocseg.storage import Storage, join
 
 SIDE, CROP, BATCH = 512, (384, 384), 16
-LOCAL = ("bare", "ray", "threads", "dataloader", "mosaicml", "webdataset")
-NAMES = {"bare": "decode and crop alone (limit)", "ray": "ecocseg, data.loader=ray", "threads": "ecocseg, data.loader=torch",
+LOCAL = ("bare", "ray", "ray_tasks", "threads", "dataloader", "mosaicml", "webdataset")
+NAMES = {"bare": "decode and crop alone (limit)", "ray": "ecocseg, data.loader=ray",
+         "ray_tasks": "ecocseg, data.decode=ray", "threads": "ecocseg, data.loader=torch",
          "dataloader": "torch DataLoader, files", "mosaicml": "MosaicML Streaming", "webdataset": "WebDataset"}
 TRANSFORM = WeakTransform(crop=CROP)
 
@@ -121,13 +122,14 @@ def bare(root: Path, threads: int) -> Iterator[int]:
 
 
 def ours(loader: str, threads: int, url: str, storage: Storage) -> Iterator[int]:
-    if loader == "ray":
+    ray = loader.startswith("ray")
+    if ray:
         from ecocseg.launch import start_ray
 
         start_ray()
     stream = Stream(read_manifest(url, storage), name="unlabeled", seed=0, global_batch=BATCH, transform=TRANSFORM,
-                    loader="ray" if loader == "ray" else "torch", decode_threads=threads, columns=("image_id", "image"),
-                    storage=storage)
+                    loader="ray" if ray else "torch", decode="ray" if loader == "ray_tasks" else "beside",
+                    decode_threads=threads, columns=("image_id", "image"), storage=storage)
     for (batch,) in stream:
         yield len(batch.image)
 
@@ -164,6 +166,7 @@ def case(name: str, args: argparse.Namespace) -> float:
     root, storage = Path(args.folder), Storage(endpoint=args.endpoint)
     make: dict[str, Callable[[], Iterator[int]]] = {
         "bare": lambda: bare(root, args.threads), "ray": lambda: ours("ray", args.threads, args.url, storage),
+        "ray_tasks": lambda: ours("ray_tasks", args.threads, args.url, storage),
         "threads": lambda: ours("threads", args.threads, args.url, storage),
         "dataloader": lambda: endless(lambda: DataLoader(Files(root / "files"), batch_size=BATCH, shuffle=True, drop_last=True,
                                                          num_workers=args.threads, persistent_workers=False)),
@@ -190,7 +193,7 @@ def ingest_table(args: argparse.Namespace) -> list[dict[str, Any]]:
             args.endpoint = endpoint
             make_bucket(endpoint)
         size = prepare(Path(folder), args.images, url, storage)
-        names = [n for n in (LOCAL if not args.s3 else ("bare", "ray", "threads"))
+        names = [n for n in (LOCAL if not args.s3 else ("bare", "ray", "ray_tasks", "threads"))
                  if n not in ("mosaicml", "webdataset") or has({"mosaicml": "streaming"}.get(n, n))]
         found: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(args.repeats):

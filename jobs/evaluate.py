@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ecocseg.checkpoint import build_storage
     from ecocseg.data.shards import iter_rows, read_manifest
     from ecocseg.evaluate import evaluate, samples_of_rows, table
+    from ecocseg.volumes import volume_names
 
     if options.json:
         check_writable(options.json)
@@ -55,10 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     storage.check(options.data)
     manifest = read_manifest(options.data, storage)
     check_data(options.data, manifest, one)
+    volumes = volume_names(manifest, storage) if one.config.eval.metric == "dice" else []
+    columns = (*one.config.model.image_columns, "mask", *(["group"] if volumes else []))
     results = evaluate(
         {name: entry.model for name, entry in loaded.items()}, one.coding,
-        samples_of_rows(iter_rows(manifest, 0, 1, (*one.config.model.image_columns, "mask"), storage)),
-        spec, normalize=one.normalize, device=device, autocast=inference.autocast_dtype(one))
+        samples_of_rows(iter_rows(manifest, 0, 1, columns, storage)),
+        spec, normalize=one.normalize, device=device, volumes=volumes, autocast=inference.autocast_dtype(one))
     print(f"{options.checkpoint}, step {one.step}, on {manifest.num_rows} images of {options.data}\n")
     print(table(results, one.class_list.names, difference=False))
     if options.json:

@@ -126,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     reach = argparse.ArgumentParser(add_help=False)
     reach.add_argument("--endpoint", help="URL of an S3-compatible server (default: AWS, or AWS_ENDPOINT_URL)")
     reach.add_argument("--region", help="region of the bucket (default: AWS_DEFAULT_REGION, or us-east-1)")
+    reach.add_argument("--anonymous", action="store_true", help="read a public bucket without credentials")
     write = argparse.ArgumentParser(add_help=False, parents=[reach])
     write.add_argument("--out", required=True, metavar="URL", help="folder to write to: a local path or s3://bucket/key")
     write.add_argument("--overwrite", action="store_true", help="replace shards of something else that are there")
@@ -209,7 +210,7 @@ def _add_split(group: Any) -> None:
 
 
 def _storage(options: argparse.Namespace) -> Storage:
-    return Storage(endpoint=options.endpoint, region=options.region)
+    return Storage(endpoint=options.endpoint, region=options.region, anonymous=options.anonymous)
 
 
 def run_demo(options: argparse.Namespace) -> None:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from ecocseg import codebook, evaluate, inference
 from ecocseg.coding import EcocCoding, OneHotCoding
+from ecocseg.data.classes import CLASS_LISTS
+from ecocseg.data.shards import Record, read_manifest, write_shards
 from ecocseg.errors import InputError, run_main
 from ecocseg.evaluate import EvalResult, EvalSpec, Normalize, calibration_counts, confusion, predict, predict_scores
+from ecocseg.volumes import volume_names
 
 N, K = 5, 12
 IDENTITY = Normalize(mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -39,14 +42,14 @@ def context_model(outputs: int, seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, outputs, 3, padding=1)).eval()
 
 
-def make_samples(sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+def make_samples(sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor, str]]:
     generator = torch.Generator().manual_seed(3)
     samples = []
     for height, width in sizes:
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, N, (height, width), generator=generator, dtype=torch.uint8)
         labels[torch.rand(height, width, generator=generator) < 0.2] = 255
-        samples.append((image, labels))
+        samples.append((image, labels, "ab"[len(samples) % 2]))
     return samples
 
 
@@ -188,6 +191,21 @@ def test_resize_changes_the_test_size_and_scores_come_back_at_the_labels_size():
     assert scores.shape == (1, N, 48, 81)
 
 
+def test_sides_are_rounded_to_the_multiple_for_a_single_pass_and_for_several():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, image):
+            seen.append(tuple(image.shape[-2:]))
+            return pixel_model(N)(image)
+
+    image = torch.rand(1, 3, 24, 33)
+    for spec in (EvalSpec(multiple=14), EvalSpec(multiple=14, scales=(1.0, 0.1))):
+        assert predict_scores(Spy(), OneHotCoding(N), image, spec).shape == (1, N, 24, 33)
+    evaluate.predict_logits(Spy(), OneHotCoding(N), image, EvalSpec(multiple=14))
+    assert seen == [(28, 28), (28, 28), (14, 14), (28, 28)]
+
+
 def slow_ece(confidence: list[float], right: list[bool]) -> float:
     total = 0.0
     for b in range(15):
@@ -246,7 +264,7 @@ def test_split_over_workers_sums_to_exactly_the_same(coding, outputs):
     samples = make_samples([(9, 12), (8, 8), (15, 7), (9, 12), (4, 6)])
     models = {"student": context_model(outputs), "teacher": context_model(outputs, seed=1)}
     spec = EvalSpec(mode="slide", crop=(8, 8), stride=(4, 4), scored_classes=(0, 2))
-    alone = run(models, coding, samples, spec)
+    alone = run(models, coding, samples, spec, volumes="ab")
     packed: list[Tensor] = []
 
     def keep(counts: Tensor) -> Tensor:
@@ -255,16 +273,53 @@ def test_split_over_workers_sums_to_exactly_the_same(coding, outputs):
         return counts
 
     for rank in range(3):
-        run(models, coding, samples[rank::3], spec, reduce=keep)
+        run(models, coding, samples[rank::3], spec, reduce=keep, volumes="ab")
     assert len(packed) == 3  # one call per worker, whatever the number of models
-    together = run(models, coding, [], spec, reduce=lambda zero: zero + sum(packed))
+    together = run(models, coding, [], spec, reduce=lambda zero: zero + sum(packed), volumes="ab")
     for name in models:
         assert torch.equal(together[name].confusion, alone[name].confusion)
         assert torch.equal(together[name].calibration, alone[name].calibration)
+        assert torch.equal(together[name].volumes, alone[name].volumes) and together[name].score == alone[name].score
         assert together[name].miou == alone[name].miou
         assert together[name].scored_classes == (0, 2)
-    assert int(alone["student"].confusion.sum()) == sum(int((labels != 255).sum()) for _, labels in samples)
+    assert int(alone["student"].confusion.sum()) == sum(int((labels != 255).sum()) for _, labels, _ in samples)
     assert not torch.equal(alone["student"].confusion, alone["teacher"].confusion)
+
+
+def test_dice_of_volumes_by_sets_of_pixels():
+    coding, model = OneHotCoding(N), pixel_model(N)
+    samples = make_samples([(9, 12), (8, 8), (15, 7), (4, 6)])
+    result = run({"m": model}, coding, samples, EvalSpec(scored_classes=(1, 2, 4)), volumes=["b", "c", "a"])["m"]
+    expected = []
+    for n in range(N):
+        each = []
+        for volume in "ab":
+            truth, found = set(), set()
+            for i, (image, labels, of) in enumerate(samples):
+                pred = predict_scores(model, coding, IDENTITY(image)[None], EvalSpec())[0].argmax(0)
+                for y, x in (labels != 255).nonzero().tolist():
+                    if of == volume:
+                        truth |= {(i, y, x)} if labels[y, x] == n else set()
+                        found |= {(i, y, x)} if pred[y, x] == n else set()
+            each.append(2 * len(truth & found) / (len(truth) + len(found)))
+        expected.append(sum(each) / 2)  # "c" has no slices, so no Dice
+    assert result.dice.tolist() == pytest.approx(expected, abs=1e-12)
+    assert result.score == result.figures()["dice"] == pytest.approx(sum(expected[n] for n in (1, 2, 4)) / 3)
+    assert result.score != result.miou
+    back = EvalResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert (back.score, back.miou) == (result.score, result.miou)
+    lines = evaluate.table({"m": result}, [*"vwxyz"]).splitlines()
+    assert lines[0].split() == ["Dice,", "%", "m"] and f"mean 3-D Dice{100 * result.score:14.1f}" in lines
+
+
+def test_dice_needs_volumes(tmp_path):
+    picture, mask = png(np.zeros((4, 4, 3), np.uint8)), png(np.zeros((4, 4), np.uint8))
+    for name, groups in (("with", "ba"), ("without", "a ")):
+        records = [Record(f"{i}", picture, mask, group=group.strip() or None) for i, group in enumerate(groups)]
+        write_shards(records, str(tmp_path / name), dataset="toy", classes=CLASS_LISTS["voc"])
+    assert volume_names(read_manifest(str(tmp_path / "with"))) == ["a", "b"]
+    with pytest.raises(InputError, match=r"eval.metric: dice is counted by volume, but .*without has images without a group"):
+        volume_names(read_manifest(str(tmp_path / "without")))
 
 
 def test_a_perfect_model_scores_one_and_gets_its_modes_back():
@@ -281,7 +336,7 @@ def test_a_perfect_model_scores_one_and_gets_its_modes_back():
 
     model = Oracle().train()
     model.frozen.eval()
-    samples = [(labels.clamp(max=N - 1).expand(3, -1, -1), labels) for _, labels in make_samples([(6, 7), (5, 5)])]
+    samples = [(labels.clamp(max=N - 1).expand(3, -1, -1), labels, None) for _, labels, _ in make_samples([(6, 7), (5, 5)])]
     result = run({"student": model}, coding, samples)["student"]
     assert result.miou == result.accuracy == 1.0
     assert model.training and model.free.training and not model.frozen.training
@@ -428,7 +483,7 @@ def test_evaluate_command_gives_the_numbers_of_evaluate(tmp_path, checkpoint, ca
     from ecocseg.data.shards import Record, write_shards
 
     samples = make_samples([(9, 12), (8, 8), (15, 7)])
-    encoded = [(png(image.permute(1, 2, 0).numpy()), png(labels.numpy())) for image, labels in samples]
+    encoded = [(png(image.permute(1, 2, 0).numpy()), png(labels.numpy())) for image, labels, _ in samples]
     records = [Record(f"image{i}", image, mask) for i, (image, mask) in enumerate(encoded)]
     write_shards(records, str(tmp_path / "data"), dataset="toy", classes=checkpoint.class_list)
     spec = EvalSpec(mode="slide", crop=(8, 8), stride=(4, 4), flip=True)

@@ -57,7 +57,8 @@ def records(part: str, classes: ClassList) -> Iterator[Record]:
             later = encode_png(later_HW3)
         else:
             image_HW3, labels_HW = picture(index, classes, tint)
-        yield Record(f"{part}-{index}", encode_png(image_HW3), encode_png(labels_HW) if labeled else None, later)
+        yield Record(f"{part}-{index}", encode_png(image_HW3), encode_png(labels_HW) if labeled else None, later,
+                     group=str(index // 2), index=index)
 
 
 def prepare(root: str, classes: ClassList, storage: Storage | None = None) -> dict[str, Manifest]:
