@@ -6,6 +6,7 @@ Examples:
   python jobs/benchmark.py step --json step.json       a DAFormer self-training step, one-hot beside ECOC
   python jobs/benchmark.py step --encoder mit_b0 --size 256
   python jobs/benchmark.py ingest --s3                 images a second into a worker, beside other loaders
+  python jobs/benchmark.py pool --images 118287 --repeats 5   memory and first batch of a large pool beside a small one
 
 Memory is the peak above what the inputs take. Logits have label size unless --stride is given.
 Shapes: B batch, N classes, K bits, H W pixels, C candidates.
@@ -44,7 +45,7 @@ OPERATIONS = ("scores", "pseudo_label", "loss")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in its own process
-    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest"))
+    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool"))
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to")
     parser.add_argument("--batch", type=int, default=2, help="images, default 2")
     parser.add_argument("--classes", type=int, default=19, help="default 19")
@@ -54,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts; default 3")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, default as torch has them")
-    parser.add_argument("--images", type=int, default=1024, help="ingest: number of images, default 1024")
+    parser.add_argument("--images", type=int, default=1024, help="ingest, pool: number of images, default 1024")
     parser.add_argument("--seconds", type=float, default=10, help="ingest: seconds of a measurement, default 10")
     parser.add_argument("--s3", action="store_true", help="ingest: from an S3 server started here (moto)")
     parser.add_argument("--folder", help="ingest: folder for the images (default: one under the temporary folder)")
@@ -280,6 +281,13 @@ def main() -> int:
     args = parse()
     if args.case is None and args.what == "codebook":
         rows = codebook_rows()
+    elif args.what == "pool":
+        import benchmark_pool
+
+        if args.case is not None:
+            print(json.dumps(benchmark_pool.case(args)), flush=True)
+            return 0
+        rows = benchmark_pool.pool_table(args)
     elif args.what == "ingest":
         import benchmark_ingest
 
