@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,13 @@ from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, va
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalResult, table
+from ecocseg.report import Run, final_scores, scores_table
 from ecocseg.smoke import smoke
 from ecocseg.storage import join
 from ecocseg.tracking import ProgressDisplay
 
+SETTINGS = ("data", "model", "coding", "method", "optim", "train", "eval")
+"""Sections that decide a result."""
 SOURCE_ONLY: dict[str, dict[str, Any]] = {"method": {"kind": "supervised", "feature_distance": 0.0}}
 
 
@@ -179,9 +181,20 @@ def source_only(config: RunConfig) -> RunConfig:
 
 
 def finished_or_train(config: RunConfig, display: ProgressDisplay) -> launch.RunResult:
-    """The result of a run that is there already, else train it, going on from what it has."""
+    """The result of a run that is there already, else train it, going on from what it has.
+
+    Raises InputError where the folder's run had other settings: its result is not this one's.
+    """
     storage = checkpoint.build_storage(config)
-    _, run_url = launch.choose_run(config, "auto")
+    config, run_url = launch.choose_run(launch.with_absolute_paths(config), "auto")
+    if storage.exists(join(run_url, "config.yaml")):
+        before = yaml.safe_load(storage.read_bytes(join(run_url, "config.yaml")))
+        now = config.model_dump(mode="json")
+        other = [f"{section}.{key}" for section in SETTINGS for key, value in now[section].items()
+                 if before.get(section, {}).get(key, value) != value]
+        if other:
+            raise InputError(f"run.name: {run_url} holds a run with other settings ({', '.join(other)}); choose another "
+                             "run.name, or delete it")
     if storage.exists(join(run_url, "result.json")):
         final = json.loads(storage.read_bytes(join(run_url, "result.json")))
         return launch.RunResult(run_url, final["step"], final["results"], final["classes"], final)
@@ -202,11 +215,12 @@ def print_results(before: launch.RunResult | None, after: launch.RunResult, disp
 
 
 def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDisplay) -> int:
-    """Run every variant with every seed, skipping those whose result is there, and print mean and deviation."""
+    """Run every variant with every seed, skipping those whose result is there, and print mean and deviation. A run that fails
+    is named in the table, and makes the exit code 1."""
     seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else [config.train.seed]
     variants = read_variants(args.variants) if args.variants else {config.recipe: {}}
     base = config.run.name or config.recipe
-    scores: dict[str, dict[str, list[float]]] = {}
+    runs: list[Run] = []
     for seed in seeds:
         for name, overrides in variants.items():
             plain = config.model_dump(mode="json")
@@ -219,13 +233,17 @@ def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDispl
                 node[leaf] = value
             one = validate(plain).updated(train={"seed": seed, "compare_with_source_only": False},
                                           run={"name": f"{base}/{name.replace(' ', '-')}-seed{seed}"})
-            result = finished_or_train(one, display)
-            for eval_name, by_model in result.results.items():
-                for which, found in by_model.items():
-                    scores.setdefault(name, {}).setdefault(f"{eval_name} {which}", []).append(100 * found["score"])
+            try:
+                last = final_scores(finished_or_train(one, display).results)
+            except launch.RunStopped:
+                raise
+            except launch.RunFailed as failure:  # the others still run, and the table names it
+                display.print(f"failed: {failure}")
+                last = {}
+            runs.append(Run(name, seed, last, last, []))
     display.close()
-    print(summary(scores, seeds))
-    return 0
+    print(scores_table(runs))
+    return 0 if all(run.last for run in runs) else 1
 
 
 def read_variants(path: str) -> dict[str, dict[str, Any]]:
@@ -236,29 +254,3 @@ def read_variants(path: str) -> dict[str, dict[str, Any]]:
     if not isinstance(variants, dict) or not all(isinstance(v, dict | None) for v in variants.values()):
         raise InputError(f"--variants: {path} must map names to dotted overrides; see {RECIPES.parent.parent / 'jobs'}")
     return {str(name): value or {} for name, value in variants.items()}
-
-
-def summary(scores: dict[str, dict[str, list[float]]], seeds: list[int]) -> str:
-    """Markdown table of mIoU by variant: mean, sample deviation and every seed; then each variant minus `one-hot` on the
-    first evaluation set, student and teacher."""
-    columns = list(dict.fromkeys(column for by in scores.values() for column in by))
-    lines = [f"mIoU in %, last checkpoint, seeds {', '.join(map(str, seeds))}: mean ± sample deviation (each seed)", "",
-             "| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {name} | " + " | ".join(_cell(by.get(column)) for column in columns) + " |" for name, by in scores.items()]
-    for column in [c for c in columns if c.split()[0] == columns[0].split()[0]]:  # those of the first evaluation set
-        baseline = scores.get("one-hot", {}).get(column)
-        differences = {name: [value - base for value, base in zip(by[column], baseline, strict=True)]
-                       for name, by in scores.items() if baseline and column in by and name != "one-hot"}
-        if differences:
-            lines += ["", f"minus one-hot, {column}, seed by seed:"]
-        lines += [f"- {name}: {', '.join(f'{value:+.1f}' for value in values)} (mean {statistics.mean(values):+.1f})"
-                  for name, values in differences.items()]
-    return "\n".join(lines)
-
-
-def _cell(values: list[float] | None) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"

@@ -214,6 +214,10 @@ class RunFailed(RuntimeError):
     """The run ended before its last step; the message says where and how to go on."""
 
 
+class RunStopped(RunFailed):
+    """Somebody asked for the end, by Ctrl-C or SIGTERM."""
+
+
 def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     """Name the run and find its folder. `resume` is None (new), "yes" (there must be one) or "auto".
 
@@ -320,7 +324,7 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None) -> 
 
     Raises:
         InputError: for bad input, before or during training.
-        RunFailed: when the run was stopped or lost; what was saved can be gone on from.
+        RunFailed: when the run was lost (RunStopped: stopped); what was saved can be gone on from.
     """
     import ray
     from ray.train import FailureConfig, ScalingConfig
@@ -397,7 +401,7 @@ def watch(fit: Callable[[], Any], board: Any, display: Any) -> dict[str, Any]:
     if failure is not None and failure["kind"] == "input":
         raise InputError(failure["text"])
     cause = failure["text"] if failure is not None else _cause(error)
-    raise RunFailed(cause) from (error[0] if error and failure is None else None)
+    raise (RunStopped if asked else RunFailed)(cause) from (error[0] if error and failure is None else None)
 
 
 def _on_signal(asked: list[float], board: Any) -> None:

@@ -90,8 +90,13 @@ class Tracker:
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """Records of a run's `metrics.jsonl`, in order; a last line cut off by a kill is left out."""
     path = Path(directory) / METRICS_FILE
+    return parse_metrics(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """Records of the text of a `metrics.jsonl`."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,16 @@ from ecocseg.data.classes import ClassList  # noqa: E402
 from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # noqa: E402
 
 CLASSES = ClassList("tiny", ("ground", "block", "stripe", "sky"), ((90, 90, 90), (200, 60, 60), (60, 200, 60), (60, 60, 220)))
+
+
+def load_job(name: str) -> ModuleType:
+    """A script of jobs/ as a module."""
+    path = Path(__file__).resolve().parents[1] / "jobs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def scene(index: int, tint: int) -> tuple[bytes, bytes]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import tiny_plain, write_tiny
 
-from ecocseg.cli import main, summary
+from ecocseg.cli import main
 from ecocseg.config import recipe_names
 from ecocseg.errors import run_main
 
@@ -97,14 +97,3 @@ def test_lost_truncated_and_unlabelled_shards_are_named(tmp_path: Path) -> None:
     (data / "val/manifest.json").write_text("{")
     code, output = command("--config", str(path), "--dry-run")
     assert code == 2 and "manifest.json is damaged" in output
-
-
-def test_summary_gives_mean_deviation_and_differences_by_hand() -> None:
-    text = summary({"source only": {"t student": [1.0, 3.0], "s student": [5.0, 5.0]},
-                    "one-hot": {"t student": [2.0, 3.0], "t teacher": [3.0, 4.0], "s student": [6.0, 6.0]},
-                    "ECOC": {"t student": [2.5, 5.0], "t teacher": [3.0, 5.0], "s student": [7.0, 7.0]}}, [0, 1])
-    assert "| source only | 2.0 ± 1.4 (1.0, 3.0) |" in text  # sample deviation: sqrt(2)
-    student, teacher = text.split("minus one-hot, ")[1:]  # and nothing of the second evaluation set
-    assert student.startswith("t student") and "- source only: -1.0, +0.0 (mean -0.5)" in student
-    assert "- ECOC: +0.5, +2.0 (mean +1.2)" in student
-    assert teacher.startswith("t teacher") and "- ECOC: +0.0, +1.0 (mean +0.5)" in teacher and "source only" not in teacher

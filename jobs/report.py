@@ -1,0 +1,44 @@
+"""Tables from the result files of finished and unfinished runs.
+
+Examples:
+  python jobs/report.py runs/demo                              mean and deviation over seeds, differences to one-hot
+  python jobs/report.py runs/demo --curve pseudo/weight        a logged metric over the steps
+  python jobs/report.py s3://bucket/runs/coco --best           best instead of last evaluation (published SSL figures)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone runs without being installed
+
+from ecocseg.errors import InputError, run_main
+from ecocseg.report import BASELINE, curve_table, read_runs, scores_table
+from ecocseg.storage import Storage
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="folders of runs named VARIANT-seedSEED, local or s3://")
+    parser.add_argument("--best", action="store_true", help="best evaluation of a run instead of its last")
+    parser.add_argument("--baseline", default=BASELINE, help=f"variant that others are compared with, default {BASELINE}")
+    parser.add_argument("--curve", metavar="KEY", help="show this metric over the steps, e.g. pseudo/weight")
+    parser.add_argument("--endpoint", help="URL of an S3-compatible server")
+    options = parser.parse_args(arguments)
+    runs = [run for folder in options.folders for run in read_runs(folder, Storage(endpoint=options.endpoint))]
+    if not runs:
+        raise InputError(f"{', '.join(options.folders)}: there is no run; give the folder that holds the runs' folders")
+    if options.curve:
+        logged = sorted({key for run in runs for record in run.metrics for key in record} - {"step"})
+        if options.curve not in logged:
+            raise InputError(f"--curve {options.curve}: not logged; there are {', '.join(logged)}")
+        print(curve_table(runs, options.curve))
+    else:
+        print(scores_table(runs, "best" if options.best else "last", options.baseline))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
