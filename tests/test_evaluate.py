@@ -462,6 +462,37 @@ def test_predict_writes_masks_and_overlays_and_names_unreadable_files(tmp_path, 
     assert [entry["name"] for entry in json.loads((out / "classes.json").read_text())] == list(NAMES)
 
 
+def test_predict_of_two_dates(tmp_path, checkpoint, capsys):
+    from ecocseg.config import RunConfig
+
+    class Difference(nn.Module):
+        def forward(self, pair):
+            first, second = pair.chunk(2, dim=1)
+            changed = ((first - second).abs().sum(1, keepdim=True) > 0.1).float()
+            signs = torch.tensor(checkpoint.coding.codebook.matrix).float() * 2 - 1
+            return 9 * torch.where(changed > 0, signs[1].view(1, K, 1, 1), signs[0].view(1, K, 1, 1))
+
+    checkpoint.model = Difference()
+    checkpoint.config = RunConfig().updated(model={"siamese": True})
+    before = np.random.default_rng(0).integers(0, 200, (8, 9, 3), dtype=np.uint8)
+    after = before.copy()
+    after[2:5, 3:7] += 50
+    for date, picture in (("old", before), ("new", after)):
+        (tmp_path / date / "tiles").mkdir(parents=True)
+        (tmp_path / date / "tiles/a.png").write_bytes(png(picture))
+        (tmp_path / date / "tiles/b.png").write_bytes(png(picture if date == "old" else picture[:5]))
+    run, out = job("predict").main, tmp_path / "out"
+    arguments = ["run", str(tmp_path / "old"), "--out", str(out), "--device", "cpu"]
+    assert run_main(lambda: run([*arguments, "--second", str(tmp_path / "new")])) == 2
+    assert "b.png: the dates are 9x8 and 9x5 (width x height)" in capsys.readouterr().err
+    expected = np.zeros((8, 9), np.uint8)
+    expected[2:5, 3:7] = 1
+    assert np.array_equal(np.asarray(Image.open(out / "masks/tiles/a.png")), expected)
+    assert run_main(lambda: run(arguments)) == 2 and "give the second one with --second" in capsys.readouterr().err
+    checkpoint.config = RunConfig()
+    assert run_main(lambda: run([*arguments, "--second", "x"])) == 2 and "leave it out" in capsys.readouterr().err
+
+
 def test_predict_of_one_image_and_bad_arguments(tmp_path, checkpoint, capsys):
     image = tmp_path / "one.png"
     image.write_bytes(png(np.zeros((6, 6, 3), dtype=np.uint8)))
