@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ecocseg import checkpoint, launch, loop, memory
+from ecocseg import checkpoint, expect, launch, loop, memory
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, validate
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
@@ -78,34 +78,26 @@ def parse(description: str, default_recipe: str, argv: Sequence[str] | None) -> 
 
 
 def list_recipes(adaptation_first: bool = True) -> str:
-    """Every recipe with its method, model, schedule, data and published result; adaptation or few labels first."""
-    sizes: dict[str, float] = {}
+    """Every recipe with its method, model, schedule, data, published result and what it takes; adaptation or few labels
+    first."""
+    expected = expect.stored()
     blocks: dict[bool, list[str]] = {True: [], False: []}
     for name in recipe_names():
         config = load(name)
-        model, train, data = config.model, config.train, config.data
-        key = model.model_dump_json()
-        if key not in sizes:
-            sizes[key] = model_millions(config)
+        model, train, data, takes = config.model, config.train, config.data, expected[name]
         urls = [url for url in (data.labeled, data.unlabeled, *data.eval.values()) if url is not None]
         unlabeled = f" + {train.unlabeled_batch}" if config.needs_unlabeled else ""
         lines = [f"{name}: {config.description}",
-                 f"  {config.method.kind}, {model.encoder} + {model.head} ({sizes[key]:.1f} M parameters), {train.steps} steps "
-                 f"of {train.labeled_batch}{unlabeled} images", f"  data {', '.join(urls)}"]
-        lines += [f"  published {config.published}"] if config.published else []
+                 f"  {config.method.kind}, {model.encoder} + {model.head} ({takes['parameters']} M parameters), {train.steps} "
+                 f"steps of {train.labeled_batch}{unlabeled} images", f"  data       {', '.join(urls)}"]
+        lines += [f"  published  {config.published}"] if config.published else []
+        hours = f"{takes['hours']:g}" if takes["hours"] >= 0.1 else "under 0.1"
+        lines.append(f"  estimated  {hours} h on {takes['gpus']} GPU(s) of {expect.GPU_RATE / 1e12:.0f} TFLOP/s, "
+                     f"{takes['gb']} GB each")
         blocks[config.is_adaptation].append("\n".join(lines))
     titles = {True: "to another domain (jobs/train_uda.py)", False: "few labels (jobs/train_ssl.py)"}
     order = (adaptation_first, not adaptation_first)
     return "\n".join(line for kind in order for line in (f"# {titles[kind]}", *blocks[kind]))
-
-
-def model_millions(config: RunConfig) -> float:
-    """Millions of parameters of a recipe's model, to a tenth whatever the number of outputs."""
-    import torch
-
-    with torch.device("meta"):
-        model = checkpoint.build_model(config.model, 1, pretrained=False)
-    return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def dry_run(config: RunConfig) -> str:

@@ -6,6 +6,7 @@ Examples:
   python jobs/benchmark.py step --json step.json       a DAFormer self-training step, one-hot beside ECOC
   python jobs/benchmark.py step --encoder mit_b0 --size 256
   python jobs/benchmark.py ingest --s3                 images a second into a worker, beside other loaders
+  python jobs/benchmark.py recipes                     estimates for `--list`, into ecocseg/recipes/expected.json
   python jobs/benchmark.py pool --images 118287 --repeats 5   memory and first batch of a large pool beside a small one
 
 Memory is the peak above what the inputs take. Logits have label size unless --stride is given.
@@ -45,7 +46,7 @@ OPERATIONS = ("scores", "pseudo_label", "loss")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in its own process
-    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool"))
+    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "recipes"))
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to")
     parser.add_argument("--batch", type=int, default=2, help="images, default 2")
     parser.add_argument("--classes", type=int, default=19, help="default 19")
@@ -281,6 +282,11 @@ def main() -> int:
     args = parse()
     if args.case is None and args.what == "codebook":
         rows = codebook_rows()
+    elif args.what == "recipes":
+        from ecocseg import expect
+
+        Path(args.json or expect.TABLE).write_text(json.dumps(expect.table(), indent=1) + "\n")
+        return 0
     elif args.what == "pool":
         import benchmark_pool
 

@@ -68,6 +68,12 @@ class Method:
         """Images in the largest graph of a step whose micro-batch has so many; for the estimate of its memory."""
         return max(labeled, unlabeled) if cls.needs_unlabeled else labeled
 
+    @classmethod
+    def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
+        """Images a step passes through the model with a gradient, and without one (teacher's and partners' labels); for the
+        estimate of its time."""
+        return (labeled + unlabeled, unlabeled) if cls.needs_unlabeled else (labeled, 0)
+
     def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
         """Counts of unlabelled pixels that the method's losses are averaged over, if it wants them summed over all workers
         and micro-batches before the step. Shape: [number of counts]."""

@@ -39,6 +39,10 @@ class FixMatch(Supervised):
     def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
         return max(labeled + unlabeled, cls.num_views * unlabeled)
 
+    @classmethod
+    def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
+        return labeled + (1 + cls.num_views) * unlabeled, unlabeled
+
     def weak_loss(self, given: StepInput, labels: list[Target]) -> Tensor:
         """Loss of the labelled images, and labels of the unlabelled ones by the same pass. Shape: scalar."""
         unlabeled, partner = self.unlabeled(given), self.partner(given)

@@ -24,6 +24,10 @@ MASK, MASK_COLOUR = 3, 4  # random streams of a step, beside those of self-train
 
 
 class MaskedConsistency(SelfTraining):
+    @classmethod
+    def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
+        return labeled + 2 * unlabeled, unlabeled
+
     def target_parts(self, given: StepInput, pseudo: Callable[[], Target]) -> list[Part]:
         return [*super().target_parts(given, pseudo), lambda: self.masked_loss(given, pseudo())]
 

@@ -32,6 +32,10 @@ class UniMatchV2(FixMatch):
     def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
         return max(labeled, cls.num_views * unlabeled)
 
+    @classmethod
+    def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
+        return labeled + cls.num_views * unlabeled, unlabeled
+
     def parts(self, given: StepInput) -> list[Part]:
         return [lambda: self.labeled_loss(given) / 2,
                 lambda: self.config.mixed_weight * self.strong_loss(given, self.teacher_labels(given)) / 2]
