@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ecocseg import checkpoint, expect, launch, loop, memory
+from ecocseg import checkpoint, expect, launch, loop, memory, stpp
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, validate
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
@@ -23,7 +23,7 @@ from ecocseg.tracking import ProgressDisplay
 
 SETTINGS = ("data", "model", "coding", "method", "optim", "train", "eval")
 """Sections that decide a result."""
-SOURCE_ONLY: dict[str, dict[str, Any]] = {"method": {"kind": "supervised", "feature_distance": 0.0}}
+SOURCE_ONLY: dict[str, dict[str, Any]] = {"method": {"kind": "supervised", "feature_distance": 0.0, "pseudo_labels": False}}
 
 
 def main(description: str, default_recipe: str, argv: Sequence[str] | None = None) -> int:
@@ -157,13 +157,22 @@ def run_one(config: RunConfig, resume: str | None, display: ProgressDisplay) -> 
     before = None
     if config.train.compare_with_source_only and config.needs_unlabeled:
         before = finished_or_train(source_only(config), display)
-    result = launch.train(config, "auto" if resume else None, display)
+    result = train(config, "auto" if resume else None, display)
     display.close()
     print_results(before, result, display)
-    written = [run_url] + ([before.run_url] if before else [])
-    for url in written:
-        print(f"written: {url}  (config.yaml, checkpoints/, metrics.jsonl, tensorboard/, panels/, result.json)")
+    inside = f"{stpp.FOLDERS}, result.json" if config.method.kind == "stpp" else (
+        "config.yaml, checkpoints/, metrics.jsonl, tensorboard/, panels/, result.json")
+    for url in [run_url] + ([before.run_url] if before else []):
+        print(f"written: {url}  ({inside})")
     return 0
+
+
+def train(config: RunConfig, resume: str | None, display: ProgressDisplay) -> launch.RunResult:
+    """One run, or the chain of runs that ST++ is."""
+    if config.method.kind != "stpp":
+        return launch.train(config, resume, display)
+    return stpp.train(config, lambda stage: finished_or_train(stage, display),
+                      lambda text: display.update({"kind": "message", "text": text}))
 
 
 def source_only(config: RunConfig) -> RunConfig:
@@ -190,7 +199,7 @@ def finished_or_train(config: RunConfig, display: ProgressDisplay) -> launch.Run
     if storage.exists(join(run_url, "result.json")):
         final = json.loads(storage.read_bytes(join(run_url, "result.json")))
         return launch.RunResult(run_url, final["step"], final["results"], final["classes"], final)
-    return launch.train(config, "auto", display)
+    return train(config, "auto", display)
 
 
 def print_results(before: launch.RunResult | None, after: launch.RunResult, display: ProgressDisplay) -> None:

@@ -31,7 +31,7 @@ class DataConfig(Section):
     labeled: str | None = None
     """URL of the labelled shards (local path or s3://bucket/key)."""
     unlabeled: str | None = None
-    """URL of the unlabelled shards; masks in them are never read."""
+    """URL of the unlabelled shards; masks in them are read with method.pseudo_labels alone."""
     eval: dict[str, str] = Field(default_factory=dict)
     """URLs of labelled evaluation shards by name; the first is the one that counts."""
     classes: str | None = None
@@ -155,16 +155,29 @@ class CodingConfig(Section):
 
 
 class MethodConfig(Section):
-    kind: Literal["supervised", "self_training", "mic", "fixmatch", "unimatch", "unimatch_v2"] = "self_training"
+    kind: Literal["supervised", "self_training", "mic", "stpp", "fixmatch", "unimatch", "unimatch_v2"] = "self_training"
     """How unlabelled images are used: not at all, by a teacher's pseudo-labels on mixed images (self_training: DACS, DAFormer)
-    and on masked ones too (mic), or by labels of a weak view that teach strong ones (FixMatch, UniMatch, UniMatch V2)."""
+    and on masked ones too (mic), by labels made between one run and the next (stpp: ST++), or by labels of a weak view that
+    teach strong ones (FixMatch, UniMatch, UniMatch V2)."""
+    pseudo_labels: bool = False
+    """With supervised: learn data.unlabeled too, by the labels that jobs/pseudo_label.py gave it, in strong views."""
+    cutout_probability: float = Field(0.5, ge=0, le=1)
+    """Probability of a box of noise without label on a strong view of an image labelled that way. ST++ 0.5."""
+    teacher_steps: int | None = Field(None, ge=2)
+    """Number of steps of ST++'s first run, of labelled images alone, labeled_batch + unlabeled_batch of them a step; null =
+    train.steps."""
+    stable_share: float = Field(0.5, gt=0, lt=1)
+    """Share of the unlabelled images, the most stable ones, that ST++'s first student learns. ST++ 0.5."""
+    label_scales: tuple[float, ...] = ()
+    """Scales over which ST++ averages its labels, each with its mirror image; none = predicted as in evaluation. ST++ 0.5,
+    0.75, 1, 1.5, 2."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the teacher's parameter average, reached from below: min(1 - 1/(t+1), decay)."""
     confidence_threshold: float = Field(0.968, ge=0, le=1)
     """Confidence from which a pixel counts towards the pseudo-label weight. DACS, DAFormer 0.968."""
     weighting: Literal["image", "batch", "pixel", "by_coding"] = "image"
     """Pseudo-label weight: share of the image's confident pixels, of the worker's whole batch (released code), or per pixel;
-    by_coding = image with ECOC, pixel with one_hot (what is published of FixMatch and UniMatch)."""
+    by_coding = image with ECOC, pixel with one_hot (what is published of FixMatch and UniMatch; with one_hot ST++ has none)."""
     ignore_top: int = Field(0, ge=0)
     """Rows of pixels at the top of a target crop whose pseudo-labels weigh nothing. DAFormer on Cityscapes 15."""
     ignore_bottom: int = Field(0, ge=0)
@@ -383,20 +396,20 @@ class RunConfig(Section):
 
     @property
     def needs_unlabeled(self) -> bool:
-        return self.method.kind != "supervised"
+        return self.method.kind != "supervised" or self.method.pseudo_labels
 
     @property
     def is_adaptation(self) -> bool:
         """The unlabelled images are of another domain; else labelled and unlabelled ones are of one kind."""
-        return self.method.kind not in CONSISTENCY
+        return self.method.kind not in (*CONSISTENCY, "stpp")
 
     @property
     def streams(self) -> tuple[str, ...]:
         """Names of the streams a step reads; `partner` is the unlabelled images in an order of their own, for CutMix."""
         if not self.needs_unlabeled:
             return ("labeled",)
-        return ("labeled", "unlabeled") if self.is_adaptation or self.method.kind == "unimatch_v2" else (
-            "labeled", "unlabeled", "partner")
+        with_partner = self.method.kind in ("fixmatch", "unimatch")
+        return ("labeled", "unlabeled", "partner") if with_partner else ("labeled", "unlabeled")
 
     @property
     def lr_factor(self) -> float:
@@ -512,12 +525,19 @@ def _consistency_conflicts(config: RunConfig) -> list[str]:
         unused = {"ignore_top": 0, "ignore_bottom": 0, "feature_distance": 0.0}
         problems += [f"method.{key}: method.kind={method.kind} has no such thing; leave it at {default:g}, or use self_training"
                      for key, default in unused.items() if getattr(method, key) != default]
+    elif method.kind == "stpp":
+        if method.weighting in ("batch", "pixel"):
+            problems.append(f"method.weighting: {method.weighting} needs labels made while learning; ST++'s are stored with a "
+                            "weight for each image: use image or by_coding")
     elif method.kind != "supervised":  # which has no pseudo-labels to weigh, and learns by Dice too
         if method.dice:
             problems.append(f"method.dice: method.kind={method.kind} has no such loss; use fixmatch or unimatch")
         if method.weighting == "by_coding":
             problems.append("method.weighting: by_coding is published with FixMatch and UniMatch; with "
                             f"method.kind={method.kind} use image, batch or pixel")
+    if method.pseudo_labels and method.kind != "supervised":
+        problems.append(f"method.pseudo_labels: method.kind={method.kind} makes its labels itself; use supervised, or set "
+                        "this to false")
     if method.ohem_threshold is not None and (config.model.head == "hrda" or method.feature_distance > 0):
         problems.append("method.ohem_threshold: goes neither with model.head=hrda nor with method.feature_distance; set it to "
                         "null")

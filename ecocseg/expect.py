@@ -27,7 +27,8 @@ LONG_HOURS, GPU_GB = 24, 80
 def step_operations(config: RunConfig) -> float:
     """Floating-point operations of a step: a forward pass counts once, the backward pass of those with a gradient twice."""
     kind = METHODS[config.method.kind]
-    learning, labelling = kind.images_per_step(config.train.labeled_batch, config.train.unlabeled_batch)
+    learning, labelling = kind.images_per_step(config.train.labeled_batch,
+                                               config.train.unlabeled_batch if config.needs_unlabeled else 0)
     height, width = config.data.crop
     return _forward_operations(config.model.model_dump_json(), height, width) * (3 * learning + labelling)
 
@@ -46,7 +47,10 @@ def _forward_operations(model_json: str, height: int, width: int) -> float:
 def expect(config: RunConfig) -> dict[str, Any]:
     """Parameters in millions, and for the fewest GPUs (1, 2, 4 or 8) that need no more than a day and 80 GB each, or for 8:
     their number, hours, and GB of each."""
-    hours = config.train.steps * step_operations(config) / GPU_RATE / 3600
+    steps: float = config.train.steps
+    if config.method.kind == "stpp":  # a teacher and two students; labelling is little beside them
+        steps = (config.method.teacher_steps or steps) + (config.method.stable_share + 1) * steps
+    hours = steps * step_operations(config) / GPU_RATE / 3600
     num_classes = CLASS_LISTS[config.data.classes].num_classes if config.data.classes else 1
     with torch.device("meta"):
         model = checkpoint.build_model(config.model, num_classes, pretrained=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -108,6 +109,25 @@ def plan_workers(wanted: int | None, cpus: float, gpus: int, num_shards: int, cl
     return Workers(count, max(1, int(cpus) // count), 1 if gpus else 0, cluster or count > 1)
 
 
+def place_workers(wanted: int | None, device_name: str | None, num_shards: int) -> tuple[Workers, torch.device]:
+    """Who labels, of the cluster in RAY_ADDRESS or of this machine, and the device of this process.
+
+    Args:
+        wanted: number of workers; 1 = this process, None = see `plan_workers`.
+        device_name: as torch has it; None = a GPU if there is one.
+    """
+    from ecocseg import launch
+    from ecocseg.inference import choose_device
+
+    device = choose_device(device_name)
+    here = wanted == 1 or device_name not in (None, "cpu", "cuda")  # a device of this machine by its number
+    cluster = bool(os.environ.get("RAY_ADDRESS")) and not here
+    if cluster:
+        launch.start_ray()
+    cpus, gpus = launch.cluster_size()
+    return plan_workers(1 if here else wanted, cpus, 0 if device_name == "cpu" else gpus, num_shards, cluster), device
+
+
 def label_pool(labeler: Labeler, plan: Plan, workers: Workers, device: torch.device, *, together: Manifest | None = None,
                overwrite: bool = False, progress: Progress | None = None) -> Manifest:
     """Label every image of a pool; see `Plan` and `Labeler`. The labeler's models are left on `device`.
@@ -121,7 +141,7 @@ def label_pool(labeler: Labeler, plan: Plan, workers: Workers, device: torch.dev
     """
     check_together(plan, together)
     made = plan.finished()
-    if made is not None and together is None:
+    if made is not None and made.options.get("with", {}).get("hash") == (together and together.hash):
         return made
     clear(plan.destination, plan.storage, overwrite or made is not None)
     results, jobs = plan.done(), plan.shards
@@ -165,6 +185,8 @@ def check_together(plan: Plan, together: Manifest | None) -> None:
 
 
 def _serially(jobs: Sequence[Shard], labeler: Labeler, place: Place, device: torch.device) -> Iterator[Packed]:
+    if device.type == "cpu":
+        torch.set_num_threads(place.threads)
     labeler.to(device)
     for shard in jobs:
         yield label_shard(shard, labeler, place, device)

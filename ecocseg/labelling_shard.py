@@ -32,6 +32,8 @@ from ecocseg.inference import autocast_dtype
 from ecocseg.storage import Storage, join
 from ecocseg.target import IGNORE, Target
 
+GPU_BATCH = 8
+"""Images in a forward pass on a GPU, where nothing else is asked for."""
 WAITING_BATCHES = 8
 """Images that wait for others of their size, in batches; then the largest group goes through as it is."""
 

@@ -25,6 +25,8 @@ from ecocseg.engine import World
 from ecocseg.errors import InputError
 from ecocseg.storage import Storage, is_remote, join
 
+TEACHER = "teacher"
+"""Folder of the first of ST++'s runs, in the folder of them all."""
 LEAST_CPU = 0.1
 """Smallest CPU share a worker is placed with; Ray counts it, the operating system does not enforce it."""
 
@@ -232,19 +234,23 @@ def choose_run(config: RunConfig, resume: str | None) -> tuple[RunConfig, str]:
     if name is None and resume is not None:
         named = re.compile(re.escape(config.recipe) + r"-\d{8}-\d{6}")
         runs = sorted(n for n in storage.list_dirs(root) if named.fullmatch(n))
-        runs = [n for n in runs if checkpoint.Checkpoints(join(root, n), storage).complete()]
+        runs = [n for n in runs if _started(join(root, n), storage)]
         name = runs[-1] if runs else None
         if name is None and resume == "yes":
             raise InputError(f"--resume: no run of '{config.recipe}' with a checkpoint under {root}; start without it, or "
                              "name the run with run.name=")
     name = name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     url = join(root, name)
-    there = bool(checkpoint.Checkpoints(url, storage).complete())
+    there = _started(url, storage)
     if there and resume is None:
         raise InputError(f"run.name: {url} already holds checkpoints; go on with --resume, or choose another run.name")
     if not there and resume == "yes":
         raise InputError(f"--resume: {url} holds no complete checkpoint; start without it")
     return config.updated(run={"name": name}), url
+
+
+def _started(run_url: str, storage: Storage) -> bool:
+    return any(checkpoint.Checkpoints(url, storage).complete() for url in (run_url, join(run_url, TEACHER)))
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -286,6 +292,7 @@ def preflight(config: RunConfig, run_url: str) -> None:
         raise InputError(f"method.feature_distance_classes: {bad} are no ids of '{classes.name}', which has "
                          f"{classes.num_classes} classes")
     book = checkpoint.build_codebook(config.coding, classes)
+    loop.check_codebooks(config, manifests, book)
     coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
     with torch.device("meta"):
         checkpoint.build_model(config.model, coding.num_outputs, pretrained=False)

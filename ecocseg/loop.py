@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ecocseg import checkpoint, collapse, memory
+from ecocseg.codebook import Codebook
 from ecocseg.config import RunConfig
+from ecocseg.data import pseudo
 from ecocseg.data.classes import CLASS_LISTS, IGNORE
 from ecocseg.data.order import RareClass
 from ecocseg.data.pipeline import Batch, Stream, damage_error
@@ -83,6 +85,7 @@ class Session:
         self.manifests = load_manifests(config)
         self.classes = self.manifests["labeled"].classes
         self.book = checkpoint.build_codebook(config.coding, self.classes)
+        check_codebooks(config, self.manifests, self.book)
         self.coding = checkpoint.build_coding(config.coding, self.book, self.classes.num_classes)
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.spec = checkpoint.build_spec(config)
@@ -337,7 +340,7 @@ class Session:
         return f"{model.encoder} + {model.head}, {size:.2f} M parameters, {self.coding.num_outputs} outputs"
 
     def batch_line(self) -> str:
-        train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.method.needs_unlabeled else ""
+        train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.config.needs_unlabeled else ""
         return (f"{train.labeled_batch}{unlabeled} images a step over {self.world.size} worker(s), "
                 f"{self.micro_batches} micro-batch(es) each; {lr_line(self.config)}"
                 + (f"; memory {self.memory.describe()}" if self.memory else ""))
@@ -440,10 +443,12 @@ def load_manifests(config: RunConfig) -> dict[str, Manifest]:
             manifests[name] = read_manifest(str(url), storage)
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
-        if name != "unlabeled" and manifests[name].num_labeled < manifests[name].num_rows:
+        _check_pseudo(config, key, name, manifests[name])
+        masks = name != "unlabeled" or config.method.pseudo_labels
+        if masks and manifests[name].num_labeled < manifests[name].num_rows:
             raise InputError(f"{key}: {manifests[name].num_rows - manifests[name].num_labeled} of {manifests[name].num_rows} "
                              f"images in {url} have no mask; pack them with masks, or use them as data.unlabeled")
-        if name != "unlabeled" and manifests[name].classes.names != manifests["labeled"].classes.names:
+        if masks and manifests[name].classes.names != manifests["labeled"].classes.names:
             raise InputError(f"{key}: {url} has the classes of '{manifests[name].classes.name}', data.labeled those of "
                              f"'{manifests['labeled'].classes.name}'; pack both with one class list")
     wanted, found = config.data.classes, manifests["labeled"].classes
@@ -453,15 +458,41 @@ def load_manifests(config: RunConfig) -> dict[str, Manifest]:
     return manifests
 
 
+def _check_pseudo(config: RunConfig, key: str, name: str, manifest: Manifest) -> None:
+    """See that pseudo-labels are where they are learned as such, and true labels where scores are taken.
+
+    Raises:
+        InputError: naming the key.
+    """
+    guessed = pseudo.OPTION in manifest.options
+    if name == "unlabeled" and config.method.pseudo_labels and not guessed:
+        raise InputError(f"{key}: {manifest.url} has no pseudo-labels; make them with jobs/pseudo_label.py, or set "
+                         "method.pseudo_labels=false")
+    if name.startswith("eval/") and guessed:
+        raise InputError(f"{key}: the masks in {manifest.url} are pseudo-labels, no truth to score by; give annotated shards")
+    if name == "labeled" and guessed and config.method.kind != "supervised":
+        raise InputError(f"{key}: the masks in {manifest.url} are pseudo-labels, which method.kind={config.method.kind} would "
+                         "take for true; use supervised")
+
+
+def check_codebooks(config: RunConfig, manifests: dict[str, Manifest], book: Codebook | None) -> None:
+    """Refuse stored pseudo-labels that are learned and of another codebook than the run's. InputError naming the key."""
+    for name in ("labeled", "unlabeled") if config.method.pseudo_labels else ("labeled",):
+        pseudo.check_codebook(manifests[name], None if book is None else book.hash, f"data.{name}")
+
+
 def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, start_step: int, micro: int) -> Stream:
     data, labeled = config.data, name == "labeled"
+    masks = labeled or config.method.pseudo_labels
+    planes = pseudo.num_planes(manifest) if masks else None
     rare = labeled and data.sampling == "rare_class"
     # the limit is for labels at their full size; those of a set that was reduced when it was packed have fewer pixels
     rare_pixels = max(1, round(data.rare_min_pixels * float(manifest.options.get("pixel_scale", 1.0))))
     transform = WeakTransform(
         resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
         max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0,
-        margins=(0, 0, 0, 0) if labeled else data.unlabeled_margins, dates=2 if config.model.siamese else 1, turn=data.turn)
+        margins=(0, 0, 0, 0) if labeled else data.unlabeled_margins, dates=2 if config.model.siamese else 1, turn=data.turn,
+        planes=planes or 0)
     return Stream(
         manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
         sampling="rare_class" if rare else "uniform",
@@ -470,4 +501,4 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode=data.decode,
         decode_threads=data.decode_threads,
         read_cpus=data.read_cpus, damage_limit=data.damage_limit, storage=checkpoint.build_storage(config),
-        columns=(*config.model.image_columns, *(("mask",) if labeled else ())))
+        columns=(*config.model.image_columns, *(("mask",) if masks else ()), *(pseudo.COLUMNS if planes is not None else ())))

@@ -73,7 +73,7 @@ def estimate(config: RunConfig, model: nn.Module, workers: int, micro_batches: i
     states = 2 if config.optim.kind == "adamw" else 1
     share = workers * micro_batches
     labeled, unlabeled = config.train.labeled_batch // share, config.train.unlabeled_batch // share
-    images = kind.images_in_graph(labeled, unlabeled)
+    images = kind.images_in_graph(labeled, unlabeled if config.needs_unlabeled else 0)
     channels = 6 if config.model.siamese else 3
     saved = saved_bytes(meta, 2, config.data.crop, channels) / 2  # batch norm refuses a single image in training
     if config.engine.precision == "bf16":

@@ -44,8 +44,9 @@ def _data(config: RunConfig, root: str, side: int, share: float) -> dict[str, di
     """Toy shards, and everything counted in pixels, rows or steps scaled down with the crop."""
     data, method, window = config.data, config.method, config.eval
     stride = [max(16, int(s * side / c)) for s, c in zip(window.stride, window.crop, strict=True)]
-    scaled = {key: int(getattr(method, key) * share) for key in ("ignore_top", "ignore_bottom")}
+    scaled: dict[str, Any] = {key: int(getattr(method, key) * share) for key in ("ignore_top", "ignore_bottom")}
     scaled["mask_block"] = max(1, int(method.mask_block * share))
+    scaled["teacher_steps"] = method.teacher_steps and STEPS
     return {
         "data": {"prepare": None, "labeled": join(root, "labeled"), "crop": [side, side],
                  "unlabeled": join(root, "unlabeled") if data.unlabeled else None,

@@ -8,6 +8,7 @@ Examples:
   python jobs/benchmark.py ingest --s3                 images a second into a worker, beside other loaders
   python jobs/benchmark.py recipes                     estimates for `--list`, into ecocseg/recipes/expected.json
   python jobs/benchmark.py pool --images 118287 --repeats 5   memory and first batch of a large pool beside a small one
+  python jobs/benchmark.py label --images 32           images a second a pool is labelled with, beside the forward pass alone
 
 Memory is the peak above what the inputs take. Logits have label size unless --stride is given.
 Shapes: B batch, N classes, K bits, H W pixels, C candidates.
@@ -46,7 +47,7 @@ OPERATIONS = ("scores", "pseudo_label", "loss")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in its own process
-    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "recipes"))
+    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "label", "recipes"))
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to")
     parser.add_argument("--batch", type=int, default=2, help="images, default 2")
     parser.add_argument("--classes", type=int, default=19, help="default 19")
@@ -56,14 +57,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts; default 3")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, default as torch has them")
-    parser.add_argument("--images", type=int, default=1024, help="ingest, pool: number of images, default 1024")
+    parser.add_argument("--images", type=int, default=1024, help="ingest, pool, label: number of images, default 1024")
     parser.add_argument("--seconds", type=float, default=10, help="ingest: seconds of a measurement, default 10")
     parser.add_argument("--s3", action="store_true", help="ingest: from an S3 server started here (moto)")
-    parser.add_argument("--folder", help="ingest: folder for the images (default: one under the temporary folder)")
+    parser.add_argument("--folder", help="ingest, label: folder for the images (default: one under the temporary folder)")
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--endpoint", help=argparse.SUPPRESS)
-    parser.add_argument("--encoder", default="mit_b5", help="step: default mit_b5")
-    parser.add_argument("--head", default="daformer", help="step: default daformer")
+    parser.add_argument("--encoder", default="mit_b5", help="step, label: default mit_b5")
+    parser.add_argument("--head", default="daformer", help="step, label: default daformer")
     return parser.parse_args(arguments)
 
 
@@ -315,10 +316,15 @@ def main() -> int:
             form, _, operation = args.case.partition(":")
             print(json.dumps(coding_case(form, operation, args) if operation else step_case(form, args)))
             return 0
-        arguments = list(sys.argv[1:])
-        print(f"B {args.batch}, N {args.classes}, K {args.bits}, {args.size} x {args.size}, {args.device}, "
-              f"{torch.get_num_threads()} threads")
-        rows = coding_table(arguments) if args.what == "coding" else step_table(arguments, rounds=2)
+        if args.what == "label":
+            import benchmark_label
+
+            rows = benchmark_label.label_table(args)
+        else:
+            print(f"B {args.batch}, N {args.classes}, K {args.bits}, {args.size} x {args.size}, {args.device}, "
+                  f"{torch.get_num_threads()} threads")
+            arguments = sys.argv[1:]
+            rows = coding_table(arguments) if args.what == "coding" else step_table(arguments, rounds=2)
     if args.json:
         Path(args.json).write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=2) + "\n")
     return 0

@@ -9,13 +9,13 @@ Examples:
 
 Each image gets a mask, the bits of its pseudo-label, its weight (the share of pixels that are confident) and, with earlier
 checkpoints, its stability. A command that was stopped or killed goes on when it is given again. Needs no labels in the pool,
-and does not look at any. Train with method.kind=supervised method.pseudo_labels=true data.unlabeled=OUT.
+and does not look at any. Train with method.kind=supervised method.pseudo_labels=true data.unlabeled=OUT; the whole of
+ST++ is a recipe of jobs/train_ssl.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,14 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone 
 from ecocseg.errors import InputError, run_main
 
 if TYPE_CHECKING:
-    import torch
-
     from ecocseg.data.shards import Manifest
     from ecocseg.labelling import Plan, Workers
     from ecocseg.labelling_shard import Labeler
     from ecocseg.storage import Storage
-
-GPU_BATCH = 8
 
 
 def _share(text: str) -> float:
@@ -53,6 +49,7 @@ def _positive(text: str) -> int:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     from ecocseg import inference
+    from ecocseg.labelling_shard import GPU_BATCH
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest checkpoint)")
@@ -83,7 +80,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    import torch
     from prepare_shards import ProgressLine
 
     from ecocseg import inference, labelling
@@ -92,14 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
     labeler = load(options)
     storage = inference.checkpoint_storage(options) or build_storage(labeler.last.config)
     plan = make_plan(options, labeler, storage)
-    workers, device = place_workers(options, len(plan.pool.files))
+    workers, device = labelling.place_workers(options.workers, options.device, len(plan.pool.files))
     together = read_together(options, storage)
     labelling.check_together(plan, together)
     if options.dry_run:
         show_plan(plan, labeler, workers, storage)
         return 0
-    if workers.count == 1 and device.type == "cpu":
-        torch.set_num_threads(workers.threads)
     manifest = labelling.label_pool(labeler, plan, workers, device, together=together, overwrite=options.overwrite,
                                     progress=ProgressLine(sys.stderr, "labelled"))
     parts = {} if options.keep is None else labelling.divide(manifest, options.keep, storage)
@@ -113,7 +107,7 @@ def load(options: argparse.Namespace) -> Labeler:
     import torch
 
     from ecocseg import inference
-    from ecocseg.labelling_shard import Labeler
+    from ecocseg.labelling_shard import GPU_BATCH, Labeler
 
     if options.keep is not None and not options.checkpoints:
         raise InputError("--keep: the most stable images are known by earlier checkpoints only; give --checkpoints")
@@ -140,21 +134,6 @@ def make_plan(options: argparse.Namespace, labeler: Labeler, storage: Storage) -
     if out == pool.url.rstrip("/"):
         raise InputError(f"--out: {options.out} is the pool itself; give another folder")
     return Plan(pool, out, storage, labeler.describe(), labeler.last.class_list)
-
-
-def place_workers(options: argparse.Namespace, num_shards: int) -> tuple[Workers, torch.device]:
-    """Who labels, and the device of this process: of the cluster in RAY_ADDRESS, or of this machine."""
-    from ecocseg import inference, launch
-    from ecocseg.labelling import plan_workers
-
-    device = inference.choose_device(options.device)
-    here = options.workers == 1 or options.device not in (None, "cpu", "cuda")  # a device of this machine by its number
-    cluster = bool(os.environ.get("RAY_ADDRESS")) and not here
-    if cluster:
-        launch.start_ray()
-    cpus, gpus = launch.cluster_size()
-    gpus = 0 if options.device == "cpu" else gpus
-    return plan_workers(1 if here else options.workers, cpus, gpus, num_shards, cluster), device
 
 
 def read_together(options: argparse.Namespace, storage: Storage) -> Manifest | None:

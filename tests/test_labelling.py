@@ -3,10 +3,12 @@ a bucket; rounds by stability; and training from such shards."""
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import importlib.util
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +24,21 @@ from conftest import CLASSES, damage_rows, scene, tiny_config
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from ecocseg import bits, checkpoint
+from ecocseg import bits, checkpoint, labelling
+from ecocseg.data import mixing, pseudo
+from ecocseg.data.pipeline import Stream
 from ecocseg.data.pseudo import OPTION, decode_bits
 from ecocseg.data.shards import Record, iter_rows, read_manifest, read_metadata, write_shards
 from ecocseg.data.sources.demo import encode_png
+from ecocseg.data.transforms import WeakTransform
+from ecocseg.engine import World
 from ecocseg.errors import InputError
 from ecocseg.evaluate import Normalize, image_tensor
 from ecocseg.inference import load
 from ecocseg.labelling_shard import agreement, by_size
+from ecocseg.launch import preflight
+from ecocseg.loop import run_worker
+from ecocseg.methods import StepInput, Supervised
 from ecocseg.storage import Storage
 
 SCRIPT = Path(__file__).resolve().parents[1] / "jobs" / "pseudo_label.py"
@@ -229,7 +238,7 @@ def bucket(monkeypatch):
     running.stop()
 
 
-def test_killed_half_way_in_a_bucket_and_gone_on_with_by_ray(job, tiny, pool, labelled, bucket, capsys):
+def test_killed_half_way_in_a_bucket_and_gone_on_with_by_ray(job, tiny, pool, labelled, bucket, capsys, monkeypatch):
     storage = Storage(endpoint=bucket)
     run = make_run(tiny, "s3://bucket/run", "ecoc", storage)
     storage.upload_dir(pool.url, "s3://bucket/pool")
@@ -245,10 +254,14 @@ def test_killed_half_way_in_a_bucket_and_gone_on_with_by_ray(job, tiny, pool, la
     assert process.returncode == -signal.SIGKILL
     done = storage.list_files("s3://bucket/out/.packing")
     assert 2 <= len(done) < len(pool.files) and not storage.exists("s3://bucket/out/manifest.json")
-    before = {name: storage.read_bytes(f"s3://bucket/out/.packing/{name}") for name in done}
+    by_ray, numbers = labelling._in_parallel, []
+    monkeypatch.setattr(labelling, "_in_parallel", lambda jobs, *rest: numbers.extend(job.number for job in jobs)
+                        or by_ray(jobs, *rest))
     assert job.main([*arguments, "--workers", "2"]) == 0
     output = capsys.readouterr()
-    rows = sum(pool.files[int(name[6:11])].rows for name in before)
+    done_before = [int(name[6:11]) for name in done]
+    assert sorted(numbers + done_before) == list(range(len(pool.files)))
+    rows = sum(pool.files[number].rows for number in done_before)
     assert f"going on: {rows} of {IMAGES} images were labelled before" in output.err
     made = read_manifest("s3://bucket/out", storage)
     assert [row["image_id"] for row in iter_rows(made, storage=storage)] == [f"image-{n}" for n in range(IMAGES)]
@@ -298,3 +311,133 @@ def test_bad_input_is_named(job, runs, pool, tmp_path):
                   "--checkpoints", f"{runs['one_hot']}/checkpoints/step_00000001"])
     with pytest.raises(InputError, match=r"--workers 999: there are .*CPU\(s\), and each worker takes one"):
         job.main([runs["ecoc"], pool.url, "--out", str(tmp_path), "--device", "cpu", "--workers", "999"])
+
+
+# ---- training from the shards ------------------------------------------------------------------------------------------
+
+
+def whole_batches(manifest, **changes):
+    """The set once, uncropped: 13 batches of two images, by the stream that training reads."""
+    transform = WeakTransform(crop=(48, 64), flip=0.0, max_class_share=1.0, planes=pseudo.num_planes(manifest), **changes)
+    with Stream(manifest, name="unlabeled", seed=0, global_batch=2, transform=transform, loader="torch",
+                columns=("image_id", "image", "mask", *pseudo.COLUMNS)) as stream:
+        return [next(stream)[0] for _ in range(IMAGES // 2)]
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
+def test_a_stream_gives_the_very_target_that_the_checkpoint_gave(kind, runs, labelled):
+    seen = set()
+    for batch in whole_batches(labelled[kind]):
+        coding, _ = expected(runs[kind], batch.image[0])
+        stored = coding.stored(batch.labels, batch.changes, batch.weight)
+        for at, name in enumerate(batch.image_ids):
+            rows, columns = batch.valid[at].any(1).sum(), batch.valid[at].any(0).sum()
+            _, target = expected(runs[kind], batch.image[at, :, :rows, :columns])
+            assert torch.equal(stored.labels[at, :rows, :columns], target.labels[0])
+            assert kind == "one_hot" or torch.equal(stored.bits[at, :, :rows, :columns], target.bits[0])
+            share = float((target.confidence >= THRESHOLD).double().mean())
+            assert stored.weight[at].unique().tolist() == pytest.approx([share], abs=1e-7)
+            assert (stored.labels[at][~batch.valid[at]] == 255).all()
+            seen.add(name)
+        box = torch.rand(stored.labels.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        mixed = mixing.mix(coding.encode(torch.zeros_like(stored.labels)), stored, box)
+        assert torch.equal(mixed.weight[~box], stored.weight[~box]) and torch.equal(mixed.is_true, box)
+        if kind == "ecoc":
+            assert torch.equal(mixed.bits.movedim(1, -1)[~box], stored.bits.movedim(1, -1)[~box])
+    assert len(seen) == IMAGES
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_bits_go_through_the_same_geometry_as_the_mask(turn):
+    rng = np.random.default_rng(0)
+    image, mask = scene(3, 0)
+    labels = rng.integers(0, 4, (48, 64)).astype(np.uint8)
+    planes = np.stack([labels * 7, 255 - labels])
+    transform = WeakTransform(crop=(40, 40), scale=(0.6, 1.6), flip=0.5, planes=2, turn=turn)
+    crops = set()
+    for seed in range(12):
+        sample = transform(image, encode_png(labels), np.random.default_rng(seed), bits_bytes=pseudo.encode_bits(planes))
+        plain = transform(image, encode_png(labels), np.random.default_rng(seed))
+        assert np.array_equal(sample.labels, plain.labels) and np.array_equal(sample.image, plain.image)
+        known = sample.labels != 255
+        assert np.array_equal(sample.changes[0][known], sample.labels[known] * 7) and not sample.changes[:, ~known].any()
+        turned = known & (sample.changes[1] != 0)  # corners that a rotation brings in are 0 in all
+        assert np.array_equal(sample.changes[1][turned], 255 - sample.labels[turned]) and (turn or turned.sum() == known.sum())
+        crops.add(sample.changes.tobytes())
+    assert len(crops) > 6
+    with pytest.raises(InputError, match="image_id 'x': its bits do not decode"):
+        transform(image, encode_png(labels), rng, image_id="x", bits_bytes=pseudo.encode_bits(planes)[:20])
+
+
+def config_for(tiny, labelled, root, kind, **changes):
+    plain = {"coding__kind": kind, "data__unlabeled": labelled[kind].url, "method__kind": "supervised",
+             "method__pseudo_labels": True, "train__steps": 3, "train__eval_every": 0, "train__panels_every": 3,
+             "train__checkpoint_every": 0}
+    return tiny_config(tiny, root, **plain | changes)
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
+def test_the_loss_is_that_of_the_labels_weighed(kind, tiny, labelled, runs, tmp_path):
+    config = config_for(tiny, labelled, tmp_path, kind, method__cutout_probability=0.0, method__jitter_probability=0.0,
+                        method__blur_probability=0.0)
+    batch = next(b for b in whole_batches(labelled[kind]) if b.valid.all() and b.weight.min() != b.weight.max())
+    coding, target = expected(runs[kind], batch.image[0])
+    targets = [expected(runs[kind], image)[1] for image in batch.image]
+    logits = torch.randn(2, coding.num_outputs, 12, 16, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for at, target in enumerate(targets):
+        target.weight = torch.full_like(target.weight, float(batch.weight[at]))
+        losses.append(coding.loss(logits[at:at + 1], target)["loss"])
+    method = Supervised(config.method, coding, Normalize())
+    shown = []
+    given = StepInput(0, 0, batch, batch, lambda image: shown.append(image) or logits, None, None)
+    assert torch.allclose(method.stored_loss(given), torch.stack(losses).mean(), rtol=1e-5)
+    assert torch.allclose(shown[0], Normalize()(batch.image), atol=1e-5)
+    given.unlabeled_divisors = torch.tensor([1000.0])
+    wanted = torch.stack(losses).mean() * batch.labels.numel() / 1000
+    assert torch.allclose(method.stored_loss(given), wanted, rtol=1e-5)
+    cut = Supervised(config.updated(method={"cutout_probability": 1.0, "average": "valid"}).method, coding, Normalize())
+    boxes = cut.cutouts(given)
+    assert 0 < boxes.sum() < boxes.numel() / 2 and int(cut.unlabeled_pixels(given)) == int((~boxes).sum())
+    cut.stored_loss(given)
+    assert not torch.equal(shown[-1][0][:, boxes[0]], shown[0][0][:, boxes[0]])
+    assert torch.allclose(shown[-1][0][:, ~boxes[0]], shown[0][0][:, ~boxes[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
+def test_training_steps_from_labelled_shards_beside_true_labels_and_alone(kind, tiny, labelled, tmp_path):
+    for name, changes in (("both", {}), ("valid", {"method__average": "valid"}),
+                          ("alone", {"method__pseudo_labels": False, "data__labeled": labelled[kind].url})):
+        records = []
+        config = config_for(tiny, labelled, tmp_path, kind, **changes)
+        run_worker(config, str(tmp_path / f"{kind}-{name}"), World(0, 1, torch.device("cpu")),
+                   lambda message, records=records: records.append(message) or False)
+        last = [record for record in records if record["kind"] == "progress" and "loss/labeled" in record][-1]
+        assert last["step"] == 3 and np.isfinite(last["loss/labeled"])
+        assert ("loss/pseudo" in last) == (name != "alone")
+        if name != "alone":
+            assert last["loss/pseudo"] > 0 and 0 < last["pseudo/weight"] < 1
+
+
+def test_what_does_not_fit_is_refused_before_training(tiny, labelled, tmp_path):
+    def refused(match, kind="ecoc", **changes):
+        config = config_for(tiny, labelled, tmp_path, kind, **changes)
+        with pytest.raises(InputError, match=match):
+            preflight(config, str(tmp_path / "run"))
+
+    preflight(config_for(tiny, labelled, tmp_path, "ecoc"), str(tmp_path / "run"))
+    refused("data.unlabeled: the pseudo-labels in .* are of another codebook .*; label the pool with a checkpoint of this",
+            coding__codebook={"kind": "max_min", "length": 6})
+    refused("data.unlabeled: .* another codebook .one-hot, none, this run", data__unlabeled=labelled["one_hot"].url)
+    refused("data.unlabeled: .* has no pseudo-labels; make them with jobs/pseudo_label", data__unlabeled=str(tiny / "target"))
+    other = tmp_path / "other"
+    shutil.copytree(labelled["ecoc"].url, other)
+    names = dataclasses.replace(CLASSES, names=("ground", "block", "stripe", "cloud"))
+    (other / "manifest.json").write_bytes(dataclasses.replace(labelled["ecoc"], classes=names).to_json())
+    refused("data.unlabeled: .*/other has the classes of 'tiny', data.labeled those of 'tiny'; pack both with one class list",
+            data__unlabeled=str(other))
+    refused("data.eval.val: the masks in .* are pseudo-labels", data__eval={"val": labelled["ecoc"].url})
+    refused("data.labeled: the masks in .* are pseudo-labels, which method.kind=self_training", method__kind="self_training",
+            method__pseudo_labels=False, data__labeled=labelled["ecoc"].url, data__unlabeled=str(tiny / "target"))
+    with pytest.raises(InputError, match="method.pseudo_labels: method.kind=mic makes its labels itself"):
+        config_for(tiny, labelled, tmp_path, "ecoc", method__kind="mic")

@@ -567,3 +567,19 @@ def test_slices_are_turned_with_their_masks() -> None:
         kinds.add("as it was" if (sample.labels == plain.labels).all() else "quarter" if any(
             (sample.labels != turned).mean() < 0.01 for turned in (*turns, *flips)) else "rotated")
     assert kinds == {"as it was", "quarter", "rotated"}
+
+
+@pytest.mark.parametrize("kind", ["fixmatch", "unimatch", "unimatch_v2"])
+def test_shares_of_classes_and_of_confident_pixels_are_logged(kind: str) -> None:
+    """Of the weak view's labels, padding left out."""
+    method, given = build(kind, "ecoc"), step_input(tiny_model(7))
+    given.pictures = {}
+    for part in method.parts(given):
+        part()
+    target, valid = given.pictures["pseudo"], given.unlabeled.valid
+    known = target.labels[:, ::4, ::4][valid[:, ::4, ::4]]
+    for n in range(N):
+        assert given.metrics[f"pseudo_share/{n}"].item() == pytest.approx((known == n).double().mean().item())
+    confident = (target.confidence >= THRESHOLD["ecoc"])[valid].double().mean().item()
+    assert given.metrics["pseudo/confident_share"].item() == pytest.approx(confident) and 0 < confident < 1
+    assert {"pseudo/corrected_bits", "pseudo/differing_bits", "pseudo/weight", "pseudo/confidence"} <= set(given.metrics)

@@ -23,12 +23,15 @@ TASK_ROWS = 8  # most rows of a Ray task
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as it was read, with its place in the stream and the class it was drawn for (-1: none)."""
+    """A row as it was read, with its place in the stream and the class it was drawn for (-1: none). `bits` and `weight` are a
+    pseudo-label's."""
 
     image_id: str
     image: bytes
     mask: bytes | None
     image_b: bytes | None
+    bits: bytes | None
+    weight: float | None
     position: int
     focus: int
 
@@ -46,7 +49,7 @@ class Decoder:
         """Raises InputError for a damaged row: it does not decode, its mask has another size or an id that is no class."""
         rng = np.random.default_rng([self.seed, self.stream_key, row.position])
         sample = self.transform(row.image, row.mask, rng, row.focus if row.focus >= 0 else None, image_id=row.image_id,
-                                image_b_bytes=row.image_b)
+                                image_b_bytes=row.image_b, bits_bytes=row.bits)
         if sample.labels is not None:
             bad_HW = (sample.labels >= self.classes.num_classes) & (sample.labels != IGNORE)
             if bad_HW.any():
@@ -62,11 +65,12 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a Ray task gives back: `image` uint8 [n, 3 x dates, H, W], `labels` uint8 [n, H, W], `valid` bool [n, H, W], and
-    what is wrong with each row (None: nothing)."""
+    """What a Ray task gives back: `image` uint8 [n, 3 x dates, H, W], `labels` uint8 [n, H, W], `valid` bool [n, H, W],
+    `changes` uint8 [n, L, H, W], and what is wrong with each row (None: nothing)."""
 
     image: UInt8
     labels: UInt8
+    changes: UInt8
     valid: Any
     damage: list[str | None]
 
@@ -75,7 +79,8 @@ def decode_rows(decoder: Decoder, rows: Sequence[Encoded]) -> Decoded:
     """The body of a Ray task."""
     crop, channels = decoder.transform.crop, 3 * decoder.transform.dates
     found = Decoded(np.empty((len(rows), channels, *crop), np.uint8), np.full((len(rows), *crop), IGNORE, np.uint8),
-                    np.empty((len(rows), *crop), bool), [None] * len(rows))
+                    np.zeros((len(rows), decoder.transform.planes, *crop), np.uint8), np.empty((len(rows), *crop), bool),
+                    [None] * len(rows))
     for i, row in enumerate(rows):
         try:
             sample = decoder(row)
@@ -84,6 +89,8 @@ def decode_rows(decoder: Decoder, rows: Sequence[Encoded]) -> Decoded:
         found.image[i], found.valid[i] = sample.image, sample.valid
         if sample.labels is not None:
             found.labels[i] = sample.labels
+        if sample.changes is not None:
+            found.changes[i] = sample.changes
     return found
 
 

@@ -49,24 +49,23 @@ class Batch:
     valid: torch.Tensor  # bool [B, H, W], False on padding and margins
     positions: torch.Tensor  # int64 [B], places in the stream's sequence
     image_ids: list[str]
+    changes: torch.Tensor | None = None  # uint8 [B, L, H, W], bits of pseudo-labels that differ from their codewords'
+    weight: torch.Tensor | None = None  # float [B], of pseudo-labels; None: labels are true
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with images, labels and padding mask on a device; from pinned memory without waiting."""
+        """The batch on a device, all but its positions; from pinned memory without waiting."""
         if device.type == "cpu":
             return self
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        labels = None if self.labels is None else move(self.labels)
-        return replace(self, image=move(self.image), labels=labels, valid=move(self.valid))
+        tensors = {name: getattr(self, name) for name in ("image", "labels", "valid", "changes", "weight")}
+        return replace(self, **{name: tensor.pin_memory().to(device, non_blocking=True)
+                                for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row as it was read: image_id, image, mask and second date; the class it was drawn for (-1: none); where it lies."""
+    """A row as it was read (see `table_rows`); the class it was drawn for (-1: none); where it lies."""
 
-    content: tuple[str, bytes, bytes | None, bytes | None]
+    content: tuple[str, bytes, bytes | None, bytes | None, bytes | None, float | None]
     focus: int
     file: int
     group: int
@@ -96,8 +95,8 @@ class Stream:
     same for any `world` that divides the lanes, any `start_step`, either loader and either place to decode.
     `loader="ray"` and `decode="ray"` need a Ray runtime; `loader="torch"` reads with threads of this process, and
     `decode="beside"` decodes with `decode_threads` of them, where `"ray"` has as many Ray tasks under way. `columns` are
-    the shard columns to read; leave out "mask" to stream without labels. `wait_seconds` is the time the consumer has
-    waited so far.
+    the shard columns to read; leave out "mask" to stream without labels, and give "bits" and "weight" for those of
+    pseudo-labels. `wait_seconds` is the time the consumer has waited so far.
 
     A damaged row (it does not decode, its mask has another size or an id that is no class) is put aside: its place in
     the batch is padding, so that no other sample moves, and `damaged` names its shard and row. InputError with that list
@@ -298,7 +297,7 @@ class Stream:
 
     def _submit(self, step: int, rows: list[_Row]) -> _Pending:
         """Allocate the step's batches and start decoding into them."""
-        size, (height, width) = self.width // self.micro_batches, self.transform.crop
+        size, (height, width), planes = self.width // self.micro_batches, self.transform.crop, self.transform.planes
         start = step * self.order.global_batch + self.rank * self.width
         pending = _Pending([])
         for begin in range(0, self.width, size):
@@ -310,6 +309,8 @@ class Stream:
                 torch.empty((size, height, width), dtype=torch.bool),
                 torch.arange(start + begin, start + begin + size),
                 [row.content[0] for row in part],
+                torch.zeros((size, planes, height, width), dtype=torch.uint8) if planes else None,
+                torch.tensor([row.content[5] for row in part]) if "weight" in self.columns else None,
             )
             pending.batches.append(batch)
             encoded = [Encoded(*row.content, start + begin + i, row.focus) for i, row in enumerate(part)]
@@ -330,6 +331,8 @@ class Stream:
         batch.valid.numpy()[i] = sample.valid
         if batch.labels is not None:
             batch.labels.numpy()[i] = IGNORE if sample.labels is None else sample.labels
+        if batch.changes is not None and sample.changes is not None:
+            batch.changes.numpy()[i] = sample.changes
 
     def _decode_remotely(self, batch: Batch, i: int, encoded: list[Encoded], rows: list[_Row]) -> None:
         """Thread: have a Ray task decode some rows, and copy them into their batch from place `i` on."""
@@ -343,6 +346,8 @@ class Stream:
         batch.valid.numpy()[few] = found.valid
         if batch.labels is not None:
             batch.labels.numpy()[few] = found.labels
+        if batch.changes is not None:
+            batch.changes.numpy()[few] = found.changes
 
     def _put_aside(self, row: _Row, damage: str) -> None:
         """Note a damaged row; too many of them end the stream."""

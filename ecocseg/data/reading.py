@@ -37,7 +37,7 @@ READ_TASKS = 2  # reads under way at once, per stream
 
 @dataclass(eq=False)
 class WindowRows:
-    """A window on its way: `rows[i]` is (image_id, image, mask) of its i-th row once that has come."""
+    """A window on its way: `rows[i]` is the i-th of `table_rows` once that has come."""
 
     window: Window
     missing: int  # pieces that have not come yet
@@ -265,7 +265,8 @@ class RaySource:
 
 
 def table_rows(table: pa.Table) -> Iterable[tuple]:
-    """(image_id, image, mask or None, image_b or None) of every row, copied out of the table so that its memory can go."""
-    names = ("image_id", "image", "mask", "image_b")
+    """(image_id, image, mask, image_b, bits, weight) of every row, None for what was not read, copied out of the table so
+    that its memory can go."""
+    names = ("image_id", "image", "mask", "image_b", "bits", "weight")
     there = [table.column(n).to_pylist() if n in table.column_names else [None] * table.num_rows for n in names]
     return zip(*there, strict=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ecocseg.data.pseudo import decode_bits
 from ecocseg.errors import InputError
 
 IGNORE = 255
@@ -26,11 +27,13 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 @dataclass(frozen=True)
 class Sample:
     """One crop: `image` uint8 [3, H, W] RGB, [6, H, W] of two dates; `labels` uint8 [H, W], 255 = ignored, None without a
-    mask; `valid` bool [H, W], False on padding and margins. `image` may be a transposed view."""
+    mask; `valid` bool [H, W], False on padding and margins; `changes` uint8 [L, H, W], a pseudo-label's changed bits, None
+    without. `image` may be a transposed view."""
 
     image: UInt8
     labels: UInt8 | None
     valid: NDArray[np.bool_]
+    changes: UInt8 | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class WeakTransform:
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right pixels of the resized image; not valid; HRDA
     dates: int = 1  # images behind one another in a sample: 2 for change pairs
     turn: bool = False  # quarter turns and small rotations, as UniMatch turns cardiac slices
+    planes: int = 0  # of 8 changed bits each, which pseudo-labels of ECOC have beside their mask
 
     def __call__(
         self,
@@ -58,10 +62,12 @@ class WeakTransform:
         focus_class: int | None = None,
         image_id: str = "",
         image_b_bytes: bytes | None = None,
+        bits_bytes: bytes | None = None,
     ) -> Sample:
-        """Crop of one image. `focus_class`: the class a rare-class stream drew this row for; `image_b_bytes`: the second date.
+        """Crop of one image. `focus_class`: the class a rare-class stream drew this row for; `image_b_bytes`: the second date;
+        `bits_bytes`: what belongs to the mask of a pseudo-label.
 
-        Raises InputError naming `image_id` if image or mask does not decode or their sizes differ.
+        Raises InputError naming `image_id` if image, mask or bits do not decode or their sizes differ.
         """
         images = [_open_image(image_bytes, image_id)]
         if self.dates == 2:
@@ -73,21 +79,26 @@ class WeakTransform:
                 f"image_id {image_id!r}: the image is {image.size[0]}x{image.size[1]} but its mask is "
                 f"{mask.size[0]}x{mask.size[1]} (width x height); pack the pair again with equal sizes"
             )
+        maps = [] if mask is None else [mask]  # what goes through the same nearest-pixel steps
+        if mask is not None and bits_bytes is not None:
+            planes_LHW = decode_bits(bits_bytes, (self.planes, mask.size[1], mask.size[0]), image_id)
+            maps += [Image.fromarray(plane_HW) for plane_HW in planes_LHW]
         if self.turn:
-            images, mask = _turned(images, mask, rng)
+            images, maps = _turned(images, maps, rng)
             image = images[0]
         height, width = self._size(image, rng)
-        labels_HW = None
-        if mask is None:
+        labels_HW = changes_LHW = None
+        if not maps:
             box = self._draw_box((height, width), rng)
         else:
-            if mask.size != (width, height):
-                mask = mask.resize((width, height), Image.Resampling.NEAREST)
-            box = self._choose_box(mask, rng, focus_class)
-            labels_HW = np.asarray(_crop(mask, box))
+            if maps[0].size != (width, height):
+                maps = [one.resize((width, height), Image.Resampling.NEAREST) for one in maps]
+            box = self._choose_box(maps[0], rng, focus_class)
+            labels_HW = np.asarray(_crop(maps[0], box))
+            changes_LHW = np.stack([np.asarray(_crop(one, box)) for one in maps[1:]]) if maps[1:] else None
         image_HWC = np.concatenate([_crop_resized(one, (height, width), box, image_id) for one in images], axis=2)
         inside = self._inside_margins(box, (height, width), image.size)
-        return self._finish(image_HWC, labels_HW, inside, flip=bool(rng.random() < self.flip))
+        return self._finish(image_HWC, labels_HW, changes_LHW, inside, flip=bool(rng.random() < self.flip))
 
     def _inside_margins(self, box: Box, size: tuple[int, int], packed: tuple[int, int]) -> Box:
         """The part of a crop off the margins of an image of `size` (height, width), scaled from `packed` (width, height)."""
@@ -137,8 +148,8 @@ class WeakTransform:
             box, counts = self._varied_box(mask, rng)
         return box
 
-    def _finish(self, image_HWC: UInt8, labels_HW: UInt8 | None, inside: Box, flip: bool) -> Sample:
-        """Pad at the bottom and the right (image 0, labels 255), then flip. Valid is what lies in the box `inside`."""
+    def _finish(self, image_HWC: UInt8, labels_HW: UInt8 | None, changes_LHW: UInt8 | None, inside: Box, flip: bool) -> Sample:
+        """Pad at the bottom and the right (image and changes 0, labels 255), then flip. Valid is what lies in `inside`."""
         height, width = image_HWC.shape[:2]
         valid_HW = np.zeros(self.crop, bool)
         valid_HW[inside[0] : inside[2], inside[1] : inside[3]] = True
@@ -147,10 +158,13 @@ class WeakTransform:
             image_HWC = np.pad(image_HWC, (*rest, (0, 0)))
             if labels_HW is not None:
                 labels_HW = np.pad(labels_HW, rest, constant_values=IGNORE)
+            if changes_LHW is not None:
+                changes_LHW = np.pad(changes_LHW, ((0, 0), *rest))
         if flip:
             image_HWC, valid_HW = image_HWC[:, ::-1], valid_HW[:, ::-1]
             labels_HW = None if labels_HW is None else labels_HW[:, ::-1]
-        return Sample(image_HWC.transpose(2, 0, 1), labels_HW, valid_HW)
+            changes_LHW = None if changes_LHW is None else changes_LHW[..., ::-1]
+        return Sample(image_HWC.transpose(2, 0, 1), labels_HW, valid_HW, changes_LHW)
 
 
 def second_date(image_b_bytes: bytes | None, size: tuple[int, int], image_id: str) -> Image.Image:
@@ -165,8 +179,8 @@ def second_date(image_b_bytes: bytes | None, size: tuple[int, int], image_id: st
     return image
 
 
-def _turned(images: list[Image.Image], mask: Image.Image | None,
-            rng: np.random.Generator) -> tuple[list[Image.Image], Image.Image | None]:
+def _turned(images: list[Image.Image], maps: list[Image.Image],
+            rng: np.random.Generator) -> tuple[list[Image.Image], list[Image.Image]]:
     """With probability 1/2 quarter turns and a flip, else with 1/2 a rotation within 20 degrees; corners become 0."""
     which, quarters, axis, angle = rng.random(), int(rng.integers(4)), int(rng.integers(2)), float(rng.uniform(-20, 20))
 
@@ -176,7 +190,7 @@ def _turned(images: list[Image.Image], mask: Image.Image | None,
             return image.rotate(90 * quarters, expand=True).transpose(flip)
         return image.rotate(angle, Image.Resampling.NEAREST) if which < 0.75 else image
 
-    return [turn(image) for image in images], None if mask is None else turn(mask)
+    return [turn(image) for image in images], [turn(one) for one in maps]
 
 
 def label_counts(mask: Image.Image) -> NDArray[np.int64]:

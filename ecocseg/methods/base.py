@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ecocseg.config import MethodConfig
 from ecocseg.data.pipeline import Batch
+from ecocseg.data.strong import StrongView
 from ecocseg.evaluate import Normalize
 from ecocseg.models.hrda import TwoScaleLogits, two_scale_loss
 from ecocseg.target import Target
@@ -48,9 +49,8 @@ class StepInput:
 
 
 class Method:
-    """A method: which streams it reads, whether it has a teacher, and the parts of its step."""
+    """A method: whether it has a teacher, and the parts of its step."""
 
-    needs_unlabeled = False
     needs_teacher = False
     whole_teacher = False
     """The teacher averages buffers too (see `Teacher`)."""
@@ -66,13 +66,13 @@ class Method:
     @classmethod
     def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
         """Images in the largest graph of a step whose micro-batch has so many; for the estimate of its memory."""
-        return max(labeled, unlabeled) if cls.needs_unlabeled else labeled
+        return max(labeled, unlabeled)
 
     @classmethod
     def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
         """Images a step passes through the model with a gradient, and without one (teacher's and partners' labels); for the
         estimate of its time."""
-        return (labeled + unlabeled, unlabeled) if cls.needs_unlabeled else (labeled, 0)
+        return labeled + unlabeled, 0
 
     def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
         """Counts of unlabelled pixels that the method's losses are averaged over, if it wants them summed over all workers
@@ -85,6 +85,17 @@ class Method:
         if isinstance(output, TwoScaleLogits):
             return two_scale_loss(self.coding, output, target, average=average, normalizer=normalizer)
         return self.coding.loss(output, target, average=average, normalizer=normalizer)
+
+    def strong(self, batch: Batch, given: StepInput, stream: int, number: int) -> Tensor:
+        """Jitter, grey and blur, drawn for each image and view. Shape: float [B, C, H, W] in [0, 1]."""
+        c = self.config
+        make = StrongView(c.jitter, c.jitter if c.jitter_hue is None else c.jitter_hue, c.jitter_probability,
+                          c.grey_probability, c.blur_probability, c.blur_sigma)
+        return make(batch.image, self.generators(batch, given, stream, number))
+
+    def generators(self, batch: Batch, given: StepInput, *stream: int) -> list[torch.Generator]:
+        """A generator for each image that depends on nothing but seed, step, stream and the image's place."""
+        return [random_generator(given.seed, given.step, *stream, position) for position in batch.positions.tolist()]
 
 
 def main_output(output: Tensor | TwoScaleLogits) -> Tensor:

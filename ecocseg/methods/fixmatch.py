@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ecocseg.coding import Target
+from ecocseg.collapse import CONFIDENT, pseudo_metrics
 from ecocseg.data import mixing
 from ecocseg.data.pipeline import Batch
-from ecocseg.data.strong import StrongView
-from ecocseg.methods.base import Part, StepInput, random_generator
+from ecocseg.methods.base import Part, StepInput
 from ecocseg.methods.supervised import Supervised
 from ecocseg.target import IGNORE
 
@@ -27,7 +27,6 @@ BOX, COLOUR, PARTNER_COLOUR, CHANNELS, WHOLE = range(11, 16)  # separate random 
 
 
 class FixMatch(Supervised):
-    needs_unlabeled = True
     num_views = 1
 
     def parts(self, given: StepInput) -> list[Part]:
@@ -76,24 +75,9 @@ class FixMatch(Supervised):
         other_BCHW = self.strong(self.partner(given), given, PARTNER_COLOUR, number)
         return mixing.mix_images(other_BCHW, own_BCHW, self.boxes(given, number))
 
-    def strong(self, batch: Batch, given: StepInput, stream: int, number: int) -> Tensor:
-        """Jitter, grey and blur, drawn for each image and view. Shape: float [B, C, H, W] in [0, 1]."""
-        c = self.config
-        make = StrongView(c.jitter, c.jitter if c.jitter_hue is None else c.jitter_hue, c.jitter_probability,
-                          c.grey_probability, c.blur_probability, c.blur_sigma)
-        return make(batch.image, self.generators(batch, given, stream, number))
-
     def boxes(self, given: StepInput, number: int) -> Tensor:
         """Where the partner is pasted on a view. Shape: bool [B, H, W]."""
-        batch = self.unlabeled(given)
-        size = (batch.image.shape[-2], batch.image.shape[-1])
-        masks = [mixing.cutmix_box(size, generator, self.config.cutmix_probability)
-                 for generator in self.generators(batch, given, BOX, number)]
-        return torch.stack(masks).to(batch.image.device)
-
-    def generators(self, batch: Batch, given: StepInput, *stream: int) -> list[torch.Generator]:
-        """A generator for each image that depends on nothing but seed, step, stream and the image's place."""
-        return [random_generator(given.seed, given.step, *stream, position) for position in batch.positions.tolist()]
+        return self.random_boxes(given, self.config.cutmix_probability, BOX, number)
 
     @torch.no_grad()
     def guess_partner(self, given: StepInput, partner: Batch) -> Target:
@@ -110,10 +94,8 @@ class FixMatch(Supervised):
         confident_BHW = (target.confidence >= self.config.confidence_threshold) & batch.valid
         target.weight = self.pixel_weight(confident_BHW, batch.valid).to(target.weight.dtype)
         if given is not None:
-            given.metrics.update({f"pseudo/{name}": value for name, value in target.metrics.items()})
-            given.metrics["pseudo/confident_share"] = confident_BHW.sum() / batch.valid.sum().clamp_min(1)
-            given.metrics["pseudo/weight"] = target.weight.mean()
-            given.metrics["pseudo/confidence"] = target.confidence.mean()
+            given.metrics.update(pseudo_metrics(target, confident_BHW, self.coding.num_classes))
+            given.metrics[CONFIDENT] = confident_BHW.sum() / batch.valid.sum().clamp_min(1)  # of what is no padding
         return target
 
     def pixel_weight(self, confident_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
@@ -139,10 +121,6 @@ class FixMatch(Supervised):
         own_BHW, other_BHW = self.unlabeled(given).valid, self.partner(given).valid
         views = [torch.where(self.boxes(given, number), other_BHW, own_BHW) for number in range(self.num_views)]
         return torch.stack([own_BHW.sum(), *(view_BHW.sum() for view_BHW in views)])
-
-    def unlabeled(self, given: StepInput) -> Batch:
-        assert given.unlabeled is not None
-        return given.unlabeled
 
     def partner(self, given: StepInput) -> Batch:
         """The images whose boxes are pasted, one for each."""

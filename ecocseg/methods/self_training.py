@@ -25,8 +25,11 @@ MIX, COLOUR = 1, 2  # separate random streams of one step
 
 
 class SelfTraining(Supervised):
-    needs_unlabeled = True
     needs_teacher = True
+
+    @classmethod
+    def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
+        return labeled + unlabeled, unlabeled
 
     def parts(self, given: StepInput) -> list[Part]:
         source = self.source_loss if self.config.feature_distance > 0 else self.labeled_loss

@@ -1,4 +1,9 @@
-"""Training on labelled images alone: the source-only baseline of every table."""
+"""Training on labelled images alone, the source-only baseline of every table; or on a labelled pool as well (ST++).
+
+With `method.pseudo_labels` the unlabelled stream is a pool that jobs/pseudo_label.py labelled. Its images are learned in
+strong views: jitter, grey and blur as FixMatch has them, and a box of noise without label (Cutout).
+loss = (labelled + pseudo-labelled) / 2.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ecocseg.data import mixing
+from ecocseg.data.pipeline import Batch
 from ecocseg.losses import soft_dice_loss
 from ecocseg.methods.base import Method, Part, StepInput, main_logits, main_output
 from ecocseg.models.hrda import TwoScaleLogits
 from ecocseg.target import IGNORE, Target
 
+STRONG, CUTOUT, NOISE = 31, 32, 33  # separate random streams of a step
+
 
 class Supervised(Method):
     def parts(self, given: StepInput) -> list[Part]:
-        return [lambda: self.labeled_loss(given)]
+        if not self.config.pseudo_labels:
+            return [lambda: self.labeled_loss(given)]
+        return [lambda: self.labeled_loss(given) / 2, lambda: self.config.mixed_weight * self.stored_loss(given) / 2]
 
     def labeled_loss(self, given: StepInput) -> Tensor:
         """Loss of the labelled images. Shape: scalar."""
@@ -24,11 +35,11 @@ class Supervised(Method):
         """Loss of what the student gave for the labelled images. Shape: scalar."""
         batch = given.labeled
         assert batch.labels is not None
-        target = self.coding.encode(batch.labels)
+        target = self.target(batch)
         if self.config.ohem_threshold is not None:
             certainty_BHW = self.coding.certainty(main_logits(output), target)
-            target.weight = hard_pixel_weight(certainty_BHW, batch.labels, self.config.ohem_threshold,
-                                              self.config.ohem_min_pixels)
+            target.weight = target.weight * hard_pixel_weight(certainty_BHW, batch.labels, self.config.ohem_threshold,
+                                                              self.config.ohem_min_pixels)
             terms = self.loss(output, target, normalizer=torch.full_like(target.weight[0, 0, 0], len(batch.labels)))
         else:
             terms = self.loss(output, target, average=self.config.average, normalizer=given.divisor)
@@ -41,6 +52,55 @@ class Supervised(Method):
                                   labeled_logits=main_logits(output))
         return terms["loss"]
 
+    def target(self, batch: Batch) -> Target:
+        """What the masks of a batch say, be they annotated or a checkpoint's guesses."""
+        assert batch.labels is not None
+        if batch.weight is None:
+            return self.coding.encode(batch.labels)
+        return self.coding.stored(batch.labels, batch.changes, batch.weight)
+
+    def stored_loss(self, given: StepInput) -> Tensor:
+        """Loss of strong views of the images that a checkpoint labelled. Shape: scalar."""
+        batch, boxes_BHW = self.unlabeled(given), self.cutouts(given)
+        target = self.target(batch)
+        target.labels = target.labels.masked_fill(~batch.valid | boxes_BHW, IGNORE)
+        noise_BCHW = torch.stack([torch.rand(batch.image.shape[1:], generator=generator)
+                                  for generator in self.generators(batch, given, NOISE)]).to(batch.image.device)
+        view_BCHW = torch.where(boxes_BHW[:, None], noise_BCHW, self.strong(batch, given, STRONG, 0))
+        output = given.student(self.normalize(view_BCHW))
+        normalizer = None if given.unlabeled_divisors is None else given.unlabeled_divisors[0]
+        terms = self.loss(output, target, average=self.config.average, normalizer=normalizer)
+        if self.config.dice:
+            terms["loss"] = (terms["loss"] + self.dice_loss(main_output(output), target)) / 2
+        given.metrics["loss/pseudo"], given.metrics["pseudo/weight"] = terms["loss"].detach(), target.weight.mean()
+        if given.pictures is not None:
+            given.pictures.update(unlabeled_image=batch.image, pseudo=target, mixed_image=view_BCHW,
+                                  mixed_labels=target.labels, mixed_logits=main_logits(output))
+        return terms["loss"]
+
+    def cutouts(self, given: StepInput) -> Tensor:
+        """Where strong views of the labelled pool are noise. Shape: bool [B, H, W]."""
+        return self.random_boxes(given, self.config.cutout_probability, CUTOUT)
+
+    def random_boxes(self, given: StepInput, probability: float, *stream: int) -> Tensor:
+        """A box in each unlabelled image, with some probability. Shape: bool [B, H, W]."""
+        batch = self.unlabeled(given)
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        boxes = [mixing.cutmix_box(size, generator, probability) for generator in self.generators(batch, given, *stream)]
+        return torch.stack(boxes).to(batch.image.device)
+
+    def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
+        """Pixels of the strong views with a label. Shape: int64 [1]."""
+        if not self.config.pseudo_labels or self.config.average == "all":
+            return None
+        batch = self.unlabeled(given)
+        assert batch.labels is not None
+        return ((batch.labels != IGNORE) & batch.valid & ~self.cutouts(given)).sum().reshape(1)
+
+    def unlabeled(self, given: StepInput) -> Batch:
+        assert given.unlabeled is not None
+        return given.unlabeled
+
     def dice_loss(self, logits_BKhw: Tensor, target: Target) -> Tensor:
         """Soft Dice of the coding's maps; ignored pixels are left out. Shape: scalar."""
         size = (target.labels.shape[1], target.labels.shape[2])
@@ -48,6 +108,14 @@ class Supervised(Method):
             logits_BKhw = F.interpolate(logits_BKhw, size, mode="bilinear", align_corners=self.coding.align_corners)
         probabilities_BMHW, maps_BMHW = self.coding.maps(logits_BKhw, target)
         return soft_dice_loss(probabilities_BMHW, maps_BMHW, target.weight * (target.labels != IGNORE))
+
+
+class StPlusPlus(Supervised):
+    """What is known of ST++ before its runs, each a supervised one, are made (see ecocseg/stpp.py)."""
+
+    @classmethod
+    def images_in_graph(cls, labeled: int, unlabeled: int) -> int:
+        return labeled + unlabeled  # the teacher's batch
 
 
 def hard_pixel_weight(certainty_BHW: Tensor, labels_BHW: Tensor, threshold: float, least: int) -> Tensor:
