@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ecocseg import checkpoint, expect, launch, loop, memory, stpp
-from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, validate
+from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, with_values
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalResult, table
@@ -65,16 +65,25 @@ def parse(description: str, default_recipe: str, argv: Sequence[str] | None) -> 
     parser.add_argument("--no-data", action="store_true", help="with --dry-run: check what needs neither data nor GPU")
     parser.add_argument("--smoke", action="store_true",
                         help="the recipe's method, coding and decoder on toy pictures in small sizes: seconds on any machine")
-    parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
-                        help="go on from the newest checkpoint; `auto` starts anew when there is none")
+    add_resume(parser)
     parser.add_argument("--seeds", metavar="0,1,2", help="run once for each seed and sum up")
     parser.add_argument("--variants", metavar="FILE", help="YAML of named overrides; each is run and compared")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
-    words = list(sys.argv[1:] if argv is None else argv)
-    for at, word in enumerate(words):  # `--resume key=value` means a plain --resume
-        if word == "--resume" and words[at + 1:at + 2] not in (["auto"], ["yes"]):
-            words[at] = "--resume=yes"
-    return parser.parse_intermixed_args(words)
+    return parser.parse_intermixed_args(words(argv))
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
+                        help="go on from the newest checkpoint; `auto` starts anew when there is none")
+
+
+def words(argv: Sequence[str] | None) -> list[str]:
+    """The command's words; `--resume key=value` means a plain --resume."""
+    found = list(sys.argv[1:] if argv is None else argv)
+    for at, word in enumerate(found):
+        if word == "--resume" and found[at + 1:at + 2] not in (["auto"], ["yes"]):
+            found[at] = "--resume=yes"
+    return found
 
 
 def list_recipes(adaptation_first: bool = True) -> str:
@@ -224,16 +233,9 @@ def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDispl
     runs: list[Run] = []
     for seed in seeds:
         for name, overrides in variants.items():
-            plain = config.model_dump(mode="json")
-            for key, value in overrides.items():
-                section, _, leaf = key.partition(".")
-                node = plain[section]
-                *middle, leaf = leaf.split(".")
-                for part in middle:
-                    node = node[part]
-                node[leaf] = value
-            one = validate(plain).updated(train={"seed": seed, "compare_with_source_only": False},
-                                          run={"name": f"{base}/{name.replace(' ', '-')}-seed{seed}"})
+            one = with_values(config, overrides).updated(
+                train={"seed": seed, "compare_with_source_only": False},
+                run={"name": f"{base}/{name.replace(' ', '-')}-seed{seed}"})
             try:
                 last = final_scores(finished_or_train(one, display).results)
             except launch.RunStopped:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -25,6 +25,9 @@ Size = tuple[int, int]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class DataConfig(Section):
@@ -439,12 +442,12 @@ def load(recipe: str | None = None, file: str | None = None, overrides: Sequence
         InputError: naming every bad key or value at once, with the remedy.
     """
     if file is not None:
-        plain, name = _read(Path(file)), Path(file).stem
+        plain, name = read_yaml(Path(file)), Path(file).stem
     else:
         name = recipe or "demo"
         if name not in recipe_names():
             raise InputError(f"no recipe '{name}'{_hint(name, recipe_names())}; --list shows all {len(recipe_names())}")
-        plain = _read(RECIPES / f"{name}.yaml")
+        plain = read_yaml(RECIPES / f"{name}.yaml")
     if not plain.get("recipe"):
         plain["recipe"] = name
     _note_batch(plain)
@@ -462,22 +465,40 @@ def _note_batch(plain: dict[str, Any]) -> None:
 
 def validate(plain: dict[str, Any]) -> RunConfig:
     """Turn plain data into a checked `RunConfig`, or raise one InputError with all problems."""
-    problems = [f"{key}: no such key{_hint(key, [k for k, *_ in keys()])}" for key in _unknown(plain)]
+    config, problems = check_section(RunConfig, plain)
+    if config is not None:
+        problems += _conflicts(config)
+    raise_problems("the configuration", problems)
+    assert config is not None
+    return config
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """A checked copy with the values of some dotted keys replaced; InputError as of `validate`."""
+    plain = config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(plain, key, value)
+    return validate(plain)
+
+
+def check_section(section: type[AnySection], plain: dict[str, Any]) -> tuple[AnySection | None, list[str]]:
+    """Plain data as a section, or None, and what is wrong with it: unknown keys, values of another type or size."""
+    problems = [f"{key}: no such key{_hint(key, [k for k, *_ in keys(section)])}" for key in _unknown(plain, section)]
     try:
-        config = RunConfig.model_validate(plain)
+        return section.model_validate(plain), problems
     except ValidationError as error:
         for item in error.errors():
             if item["type"] != "extra_forbidden":
                 problems.append(f"{'.'.join(map(str, item['loc']))}: {item['msg'][:1].lower()}{item['msg'][1:]}, "
                                 f"not {item['input']!r}")
-        config = None
-    if config is not None:
-        problems += _conflicts(config)
+    return None, problems
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raise one InputError with all problems, if there are any."""
     if problems:
-        raise InputError("the configuration has " + (f"{len(problems)} problems:\n  " if len(problems) > 1 else "a problem: ")
+        raise InputError(f"{what} has " + (f"{len(problems)} problems:\n  " if len(problems) > 1 else "a problem: ")
                          + "\n  ".join(problems))
-    assert config is not None
-    return config
 
 
 def _conflicts(config: RunConfig) -> list[str]:
@@ -556,11 +577,14 @@ def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tup
 
 def help_text() -> str:
     """The recipes, and every key with type, default and meaning."""
-    lines = ["recipes: " + ", ".join(recipe_names()), "", "keys (dotted.key=value):"]
-    for key, kind, default, meaning in keys():
-        lines.append(f"  {key}: {kind} = {yaml.safe_dump(_plain(default), default_flow_style=True).splitlines()[0]}")
-        lines.append(f"      {meaning}")
-    return "\n".join(lines)
+    return "\n".join(["recipes: " + ", ".join(recipe_names()), "", "keys (dotted.key=value):", *key_lines()])
+
+
+def key_lines(section: type[BaseModel] = RunConfig) -> Iterator[str]:
+    """Two lines a key: its type and default, and its meaning."""
+    for key, kind, default, meaning in keys(section):
+        yield f"  {key}: {kind} = {yaml.safe_dump(_plain(default), default_flow_style=True).splitlines()[0]}"
+        yield f"      {meaning}"
 
 
 def _plain(value: Any) -> Any:
@@ -573,7 +597,7 @@ def _type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind).replace("typing.", "")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file merged over its `base:` (a file beside it, without the ending)."""
     try:
         plain = yaml.safe_load(path.read_text()) or {}
@@ -589,7 +613,7 @@ def _read(path: Path) -> dict[str, Any]:
     parent = path.parent / f"{base}.yaml"
     if not parent.exists():
         parent = RECIPES / f"{base}.yaml"
-    return _merge(_read(parent), plain)
+    return _merge(read_yaml(parent), plain)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -601,6 +625,11 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(plain: dict[str, Any], override: str) -> None:
+    _put(plain, *parse_override(override))
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of a word `key=value`."""
     key, equals, text = override.partition("=")
     if not equals:
         raise InputError(f"'{override}' is not key=value; for example train.steps=100")
@@ -613,6 +642,10 @@ def _apply(plain: dict[str, Any], override: str) -> None:
             value = float(value)
         except ValueError:
             pass
+    return key, value
+
+
+def _put(plain: dict[str, Any], key: str, value: Any) -> None:
     node = plain
     *parents, last = key.split(".")
     for parent in parents:

@@ -326,8 +326,9 @@ def write_run_files(config: RunConfig, run_url: str) -> None:
         storage.write_bytes(join(run_url, "codebook.json"), json.dumps(book.to_dict()).encode())
 
 
-def train(config: RunConfig, resume: str | None = None, display: Any = None) -> RunResult:
-    """Run a configuration to its end with Ray Train.
+def train(config: RunConfig, resume: str | None = None, display: Any = None,
+          stop: threading.Event | None = None) -> RunResult:
+    """Run a configuration to its end with Ray Train; once `stop` is set, it saves and ends as after Ctrl-C.
 
     Raises:
         InputError: for bad input, before or during training.
@@ -361,15 +362,15 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None) -> 
     if display is not None:
         display.restart(config.run.name or config.recipe)
         display.update({"kind": "message", "text": f"{config.recipe}: {resources.describe()}; run folder {run_url}"})
-    final = watch(trainer.fit, board, display)
+    final = watch(trainer.fit, board, display, stop)
     result = RunResult(run_url, final["step"], final["results"], final["classes"], final)
     checkpoint.build_storage(config).write_bytes(join(run_url, "result.json"), json.dumps(
         {"recipe": config.recipe, "seed": config.train.seed, **final}, indent=1).encode())
     return result
 
 
-def watch(fit: Callable[[], Any], board: Any, display: Any) -> dict[str, Any]:
-    """Run `fit` beside this thread, show what arrives, pass Ctrl-C and SIGTERM on as a request to save and stop."""
+def watch(fit: Callable[[], Any], board: Any, display: Any, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Run `fit` beside this thread, show what arrives, pass Ctrl-C, SIGTERM and `stop` on as a request to save and stop."""
     import ray
 
     error: list[BaseException] = []
@@ -398,6 +399,9 @@ def watch(fit: Callable[[], Any], board: Any, display: Any) -> dict[str, Any]:
                     display.update(message)
             if not alive:
                 break
+            if stop is not None and stop.is_set() and not asked:
+                asked.append(time.monotonic())
+                board.request_stop.remote()
             thread.join(0.3)
     finally:
         for number, handler in previous.items():

@@ -26,9 +26,9 @@ from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # n
 CLASSES = ClassList("tiny", ("ground", "block", "stripe", "sky"), ((90, 90, 90), (200, 60, 60), (60, 200, 60), (60, 60, 220)))
 
 
-def load_job(name: str) -> ModuleType:
-    """A script of jobs/ as a module."""
-    path = Path(__file__).resolve().parents[1] / "jobs" / f"{name}.py"
+def load_job(name: str, folder: str = "jobs") -> ModuleType:
+    """A script of jobs/, or another folder, as a module."""
+    path = Path(__file__).resolve().parents[1] / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
