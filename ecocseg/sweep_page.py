@@ -1,7 +1,7 @@
 """A sweep's page: parallel coordinates, best so far, learning curves and table in one HTML file that needs nothing else.
 
 The pictures are SVG and the table plain HTML, so all is there without JavaScript; with it, a trial pointed at in one is
-shown in the others, and columns sort.
+shown in the others, a range drawn on an axis keeps the trials inside it, and columns sort.
 """
 
 from __future__ import annotations
@@ -99,22 +99,23 @@ def _y(share: float) -> float:
     return round(TOP + (1 - share) * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def _svg(title: str, description: str, body: list[str]) -> str:
-    return (f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-            f'aria-label="{escape(title)}"><desc>{escape(description)}</desc>' + "\n".join(body) + "</svg></figure>")
+def _svg(title: str, description: str, body: list[str], hint: str = "") -> str:
+    return (f'<figure><figcaption>{escape(title)} <small>{escape(hint)}</small></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"><desc>{escape(description)}</desc>'
+            + "\n".join(body) + "</svg></figure>")
 
 
 def _weights(record: Record) -> dict[str, float]:
-    """How strongly each trial is drawn: by its place, from 1 down to 0.2."""
+    """How strongly each trial is drawn: by its place, from 1 down to 0.3."""
     names = [trial.name for trial in ranked(record) if compared(record, trial)[0] > -math.inf]
-    return {name: round(1 - 0.8 * i / max(1, len(names) - 1), 2) for i, name in enumerate(names)}
+    return {name: round(1 - 0.7 * i / max(1, len(names) - 1), 2) for i, name in enumerate(names)}
 
 
 def _mark(record: Record, trial: Trial) -> str:
     """Attributes that a line or dot of a trial has in every picture."""
     top = best(record)
     kinds = f"trial {trial.state}" + (" best" if top is not None and top.name == trial.name else "")
-    return f'class="{kinds}" data-trial="{escape(trial.name)}" style="--weight:{_weights(record).get(trial.name, 0.2)}"'
+    return f'class="{kinds}" data-trial="{escape(trial.name)}" style="--weight:{_weights(record).get(trial.name, 0.3)}"'
 
 
 def _tip(record: Record, trial: Trial) -> str:
@@ -137,13 +138,16 @@ def _parallel(record: Record) -> str:
         body.append(f'<text class="{kind}" x="{x:.0f}" y="{TOP - 14 - 18 * (number % 2)}">{label}</text>')
         body += [f'<text class="mark" x="{x - 5:.0f}" y="{_y(share) + 4}">{escape(text)}</text>'
                  for share, text in axes[name].marks]
+        body.append(f'<line class="range" x1="{x:.0f}" x2="{x:.0f}"/><rect class="brush" data-x="{x:.0f}" x="{x - 12:.0f}" '
+                    f'y="{_y(1)}" width="24" height="{_y(0) - _y(1)}"/>')
     for trial in reversed(ranked(record)):  # the best on top
         places = [(LEFT + i * gap, _y(axes[name].place(value))) for i, name in enumerate(names)
                   if (value := _value(record, trial, name)) is not None]
         line = " ".join(f"{x:.0f},{y}" for x, y in places)
         lines.append(f'<polyline {_mark(record, trial)} points="{line}">{_tip(record, trial)}</polyline>')
     return _svg("Parallel coordinates", f"One line per trial through its values of {', '.join(names)}; the higher the place in "
-                "the ranking, the stronger the line, better objectives on top. The table below has all values.", lines + body)
+                "the ranking, the stronger the line, better objectives on top. The table below has all values.", lines + body,
+                "point at a line to find its trial below, drag along an axis to keep a part of it")
 
 
 def _value(record: Record, trial: Trial, name: str) -> Any:
@@ -248,7 +252,9 @@ polyline.trial { fill: none; stroke: var(--line); stroke-width: 1.8; stroke-opac
 polyline.stopped { stroke-dasharray: 6 4; } polyline.failed, polyline.lost { stroke: var(--soft); stroke-dasharray: 2 5; }
 polyline.best { stroke: var(--best); stroke-width: 3; }
 circle.trial { fill: var(--line); } circle.stopped { fill: var(--paper); stroke: var(--line); stroke-width: 2; }
-circle.best { fill: var(--best); }
+circle.best { fill: var(--best); } small { font-weight: 400; color: var(--soft); }
+rect.brush { fill: transparent; cursor: ns-resize; touch-action: none; } .range { stroke: var(--best); stroke-width: 8;
+  stroke-opacity: .5; } .out { opacity: .08; } tr.out { opacity: .35; }
 .shown polyline.trial.lit, polyline.trial:hover { stroke-width: 5; stroke-opacity: 1; } circle.lit { r: 9; }
 .wide { overflow-x: auto; margin-top: 28px; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 12px 3px 0; text-align: left; border-bottom: 1px solid var(--rule); white-space: nowrap; }
@@ -263,6 +269,21 @@ const light = (name, on) => { document.body.classList.toggle('shown', on);
 document.querySelectorAll('[data-trial]').forEach(e => {
   for (const [come, go] of [['mouseenter', 'mouseleave'], ['focus', 'blur']]) {
     e.addEventListener(come, () => light(e.dataset.trial, true)); e.addEventListener(go, () => light(null, false)); } });
+const ranges = new Map();
+const keep = () => { const out = new Set();
+  document.querySelectorAll('polyline.trial').forEach(line => { const at = new Map([...line.points].map(p => [p.x, p.y]));
+    const svg = line.ownerSVGElement; if (svg.querySelector('.brush')) for (const [x, [top, bottom]] of ranges)
+      if (!(at.get(x) >= top - 1 && at.get(x) <= bottom + 1)) out.add(line.dataset.trial); });
+  document.querySelectorAll('[data-trial]').forEach(e => e.classList.toggle('out', out.has(e.dataset.trial))); };
+document.querySelectorAll('.brush').forEach(brush => { let from = null; const x = Number(brush.dataset.x);
+  const range = brush.previousElementSibling, up = () => { from = null; };
+  const y = e => new DOMPoint(e.clientX, e.clientY).matrixTransform(brush.getScreenCTM().inverse()).y;
+  const show = () => { const [top, bottom] = ranges.get(x) || [0, 0];
+    range.setAttribute('y1', top); range.setAttribute('y2', bottom); keep(); };
+  brush.addEventListener('pointerdown', e => { from = y(e); ranges.delete(x); show(); brush.setPointerCapture(e.pointerId); });
+  brush.addEventListener('pointermove', e => { if (from === null) return;
+    ranges.set(x, [Math.min(from, y(e)), Math.max(from, y(e))]); show(); });
+  brush.addEventListener('pointerup', up); brush.addEventListener('pointercancel', up); });
 document.querySelectorAll('th button').forEach(button => button.addEventListener('click', () => {
   const th = button.parentElement, at = th.cellIndex, up = th.getAttribute('aria-sort') !== 'ascending';
   th.parentElement.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
