@@ -108,7 +108,7 @@ class SweepTrial(tune.Trainable):
         self.values, self.base, self.objectives = dict(config), RunConfig.model_validate(base), objectives
         self.run_name = f"trial-{self.trial_id}"
         self.storage = checkpoint.build_storage(self.base)
-        self.failure: str | None = None
+        self.failure: Exception | None = None
 
     def step(self) -> dict[str, Any]:
         if self.thread is None:
@@ -116,8 +116,11 @@ class SweepTrial(tune.Trainable):
         result = self.watcher.results.get()
         if result is not None:
             return result
-        # A run that failed by itself would again: it is a result, not a lost actor to be started anew.
-        return {"done": True, "step": 0, "failed": self.failure, **dict.fromkeys(self.objectives, float("nan"))}
+        assert self.failure is not None
+        if isinstance(self.failure, InputError) or (isinstance(self.failure, launch.RunFailed) and not self.failure.__cause__):
+            # What a run ends by itself for, it would again: that is a result.
+            return {"done": True, "step": 0, "failed": str(self.failure), **dict.fromkeys(self.objectives, float("nan"))}
+        raise self.failure  # lost workers, a bucket that is away: Tune begins the trial again, and so does --resume
 
     def _begin(self) -> None:
         self.watcher = Watcher(self.base, self.objectives)
@@ -130,7 +133,7 @@ class SweepTrial(tune.Trainable):
                 config = with_values(self.base, self.values | {"run.name": self.run_name})
                 self.watcher.finish(launch.train(config, "auto", self.watcher, self.stop_asked))
             except Exception as error:  # noqa: BLE001 - told to Tune by step()
-                self.failure = str(error) if isinstance(error, InputError | launch.RunFailed) else repr(error)
+                self.failure = error
                 self.watcher.results.put(None)
 
         self.thread = threading.Thread(target=run, name="trial", daemon=True)
@@ -192,7 +195,7 @@ class Recorder(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
-        row.state = "running"
+        row.state, row.error = "running", None
         print(f"{row.name} begins: {', '.join(f'{key}={shown(value)}' for key, value in row.values.items())}", flush=True)
         self._write()
 
@@ -218,8 +221,8 @@ class Recorder(tune.Callback):
         self._write()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        row = self._row(trial)
-        row.state, row.error = "failed", "the trial's process was lost, see Tune's log; --resume tries again"
+        row, lines = self._row(trial), str(trial.get_error() or "its process was lost").strip().splitlines()
+        row.state, row.error = "failed", f"{lines[-1].strip()}; --resume tries again"
         print(f"{row.name} failed: {row.error}", flush=True)
         self._write()
 

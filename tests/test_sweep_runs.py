@@ -85,6 +85,9 @@ def test_two_trials_run_side_by_side(tiny: Path, tmp_path: Path) -> None:
         assert json.loads((run / "result.json").read_text())["step"] == 4
     best = config.load(None, str(tmp_path / "runs/s/best.yaml"))
     assert best.coding.codebook.length in (7, 9) and "--config" in output
+    assert yaml.safe_load((tmp_path / "runs/s/sweep.yaml").read_text())["concurrent"] >= 1
+    other = start(space, "launch.cpus_per_worker=0.5", "--resume", "concurrent=99")
+    assert "with other settings (concurrent: 99)" in other.communicate()[0] and other.returncode == 2
 
 
 @pytest.mark.slow
@@ -112,6 +115,27 @@ def test_a_killed_sweep_is_gone_on_with_and_keeps_its_history(tmp_path: Path) ->
         assert after.find(trial.name).curve[:len(trial.curve)] == trial.curve  # type: ignore[union-attr]
     assert all(len({step for step, _ in trial.curve}) == len(trial.curve) for trial in after.trials)
     assert any(trial.state == "stopped" for trial in after.trials), output
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_told_to_stop_leaves_in_good_order(tiny: Path, tmp_path: Path) -> None:
+    space = write_space(tmp_path, tiny, {"coding.codebook.length": [7, 9]}, {"train__steps": 120, "train__eval_every": 20},
+                        search={"algorithm": "grid"})
+    process, url = start(space), tmp_path / "runs/s"
+    deadline = time.monotonic() + 300
+    while not (url / "results.json").exists() or not any(trial.curve for trial in read_record(url).trials):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "go on with --resume" in output and "Traceback" not in output, output
+    before = read_record(url)
+    output = finish(start(space, "--resume"))
+    after = read_record(url)
+    assert [(trial.state, trial.step) for trial in after.trials] == [("done", 120)] * 2, output
+    assert all(b.curve == a.curve[:len(b.curve)] for a, b in zip(after.trials, before.trials, strict=True))
+    for trial in after.trials:  # every step is there once
+        assert [r["step"] for r in read_metrics(url / trial.name) if "loss/labeled" in r] == list(range(1, 121))
 
 
 @pytest.mark.slow

@@ -73,6 +73,14 @@ def test_a_trial_that_fails_by_itself_is_a_result(monkeypatch: pytest.MonkeyPatc
     assert result["done"] and result["failed"] == "the loss is nan at step 3" and result["miou"] != result["miou"]
 
 
+def test_a_trial_that_was_lost_is_begun_again_by_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def train(*_: Any) -> None:
+        raise launch.RunFailed("worker 0: gone") from OSError()
+
+    with pytest.raises(launch.RunFailed, match="worker 0: gone"):
+        begun(monkeypatch, tiny_config(tmp_path, tmp_path), train).step()
+
+
 def test_ending_a_trial_asks_its_run_to_save_and_waits_for_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ended = []
 
@@ -136,8 +144,8 @@ def test_population_based_training_stays_in_the_ranges() -> None:
     assert clip(SPACE, {"coding.bce_weight": 4.4, "other": 9}) == {"coding.bce_weight": 4.0, "other": 9}
 
 
-def tune_trial(name: str, **values: Any) -> Any:
-    return SimpleNamespace(trial_id=name, config=values or {"coding.bce_weight": 1.0})
+def tune_trial(name: str) -> Any:
+    return SimpleNamespace(trial_id=name, config={"coding.bce_weight": 1.0}, get_error=lambda: "Traceback\n  OSError: gone\n")
 
 
 def recorder(folder: Path, data: Path) -> Recorder:
@@ -165,6 +173,10 @@ def test_what_happens_is_recorded_and_survives_the_process(tmp_path: Path, capsy
     assert [found[f"trial-{name}"].state for name in "abc"] == ["done", "stopped", "failed"]
     assert found["trial-a"].curve == [(4, 0.2), (10, 0.4)] and found["trial-c"].error == "no memory"
     assert "trial-b stopped at step 4" in capsys.readouterr().out
+    again.on_trial_error(2, trials, trials[1])
+    assert again.record.trials[1].error == "OSError: gone; --resume tries again"
+    again.on_trial_start(2, trials, trials[1])
+    assert (again.record.trials[1].state, again.record.trials[1].error) == ("running", None)
     again.on_step_begin(0, trials[:2])  # Tune knows two of them
     assert {trial.name for trial in again.record.trials} == {"trial-a", "trial-b"}
     assert (tmp_path / "index.html").exists() and config.load(None, str(tmp_path / "best.yaml")).coding.bce_weight == 1.0

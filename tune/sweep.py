@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ecocseg import cli, launch, sweep  # noqa: E402
@@ -34,13 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     base, space = sweep.base_config(spec), sweep.domains(spec)
     sweep.check(spec, base, space)
     storage = build_storage(base)
-    url = choose_folder(spec, base, storage, args.name, args.resume)
+    url, spec = choose_folder(spec, base, storage, args.name, args.resume)
     lines = describe(spec, base, space)
     plan = None
     if not spec.codebooks:
         population = spec.search.trials if spec.scheduler.kind == "pbt" else None  # has to train side by side
         plan = sweep.plan_trials(base, sweep.cluster_nodes(), population or spec.concurrent,
                                  "search.trials" if population else "concurrent")
+        spec = spec.model_copy(update={"concurrent": plan.concurrent})  # of a sweep that is gone on with it stays
         lines.append(f"trials      {plan.describe()}")
         launch.preflight(base, url)
     print("\n".join([*lines, f"folder      {url}"]))
@@ -76,8 +79,10 @@ def settings(spec: sweep.Sweep, base: RunConfig) -> str:
     return f"{sweep.to_yaml(spec)}# of the recipe:\n" + "".join(f"# {line}\n" for line in base.to_yaml().splitlines())
 
 
-def choose_folder(spec: sweep.Sweep, base: RunConfig, storage: Storage, name: str | None, resume: str | None) -> str:
-    """The sweep's folder: a new one, or with --resume that of the name, or the newest.
+def choose_folder(spec: sweep.Sweep, base: RunConfig, storage: Storage, name: str | None,
+                  resume: str | None) -> tuple[str, sweep.Sweep]:
+    """The sweep's folder: a new one, or with --resume that of the name, or the newest; and the sweep, with as many trials at
+    a time as it had before.
 
     Raises:
         InputError: when there is a sweep where there should be none, none where there should be one, or another one.
@@ -96,12 +101,15 @@ def choose_folder(spec: sweep.Sweep, base: RunConfig, storage: Storage, name: st
     if not there and resume == "yes":
         raise InputError(f"--resume: {url} holds no sweep; start without it")
     if there:
-        before, now = storage.read_bytes(join(url, "sweep.yaml")).decode().splitlines(), settings(spec, base).splitlines()
+        text = storage.read_bytes(join(url, "sweep.yaml")).decode()
+        if spec.concurrent is None:
+            spec = spec.model_copy(update={"concurrent": yaml.safe_load(text)["concurrent"]})
+        before, now = text.splitlines(), settings(spec, base).splitlines()
         other = [line.strip("# ") for line in now if line not in before]
         if other:
             raise InputError(f"--resume: {url} holds a sweep with other settings ({'; '.join(other[:5])}); give the command it "
                              "was started with, or choose another --name")
-    return url
+    return url, spec
 
 
 def describe(spec: sweep.Sweep, base: RunConfig, space: dict[str, sweep.Domain]) -> list[str]:
