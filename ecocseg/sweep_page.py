@@ -7,7 +7,7 @@ shown in the others, a range drawn on an axis keeps the trials inside it, and co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -57,7 +57,8 @@ def page(record: Record) -> str:
              + (", ".join(f"{count} {state}" for state, count in counts.items()) or "none yet")
              + f"; ranked by {escape(goals)}. {escape(said)}</p>"]
     if record.trials:
-        parts += [_parallel(record), _best_so_far(record), _curves(record), _table(record)]
+        marks = _marks(record)
+        parts += [_parallel(record, marks), _best_so_far(record, marks), _curves(record, marks), _table(record)]
     return _PAGE.format(title=escape(record.name), style=_STYLE, body="\n".join(parts), script=_SCRIPT)
 
 
@@ -105,17 +106,13 @@ def _svg(title: str, description: str, body: list[str], hint: str = "") -> str:
             + "\n".join(body) + "</svg></figure>")
 
 
-def _weights(record: Record) -> dict[str, float]:
-    """How strongly each trial is drawn: by its place, from 1 down to 0.3."""
-    names = [trial.name for trial in ranked(record) if compared(record, trial)[0] > -math.inf]
-    return {name: round(1 - 0.7 * i / max(1, len(names) - 1), 2) for i, name in enumerate(names)}
-
-
-def _mark(record: Record, trial: Trial) -> str:
-    """Attributes that a line or dot of a trial has in every picture."""
+def _marks(record: Record) -> dict[str, str]:
+    """Attributes that a trial's line or dot has in every picture; the better its place, the more strongly it is drawn."""
     top = best(record)
-    kinds = f"trial {trial.state}" + (" best" if top is not None and top.name == trial.name else "")
-    return f'class="{kinds}" data-trial="{escape(trial.name)}" style="--weight:{_weights(record).get(trial.name, 0.3)}"'
+    scored = [trial.name for trial in ranked(record) if compared(record, trial)[0] > -math.inf]
+    weights = {name: 1 - 0.7 * i / max(1, len(scored) - 1) for i, name in enumerate(scored)}
+    return {trial.name: f'class="trial {trial.state}{" best" if trial is top else ""}" data-trial="{escape(trial.name)}" '
+                        f'style="--weight:{weights.get(trial.name, 0.3):.2f}"' for trial in record.trials}
 
 
 def _tip(record: Record, trial: Trial) -> str:
@@ -124,7 +121,7 @@ def _tip(record: Record, trial: Trial) -> str:
     return f"<title>{escape(f'{trial.name} ({trial.state}): ' + ', '.join(said))}</title>"
 
 
-def _parallel(record: Record) -> str:
+def _parallel(record: Record, marks: Mapping[str, str]) -> str:
     names = [*record.scales, *record.objectives]
     short, gap = short_names(names), (WIDTH - LEFT - RIGHT) / max(1, len(names) - 1)
     found = {name: [v for t in record.trials if (v := _value(record, t, name)) is not None] for name in names}
@@ -144,7 +141,7 @@ def _parallel(record: Record) -> str:
         places = [(LEFT + i * gap, _y(axes[name].place(value))) for i, name in enumerate(names)
                   if (value := _value(record, trial, name)) is not None]
         line = " ".join(f"{x:.0f},{y}" for x, y in places)
-        lines.append(f'<polyline {_mark(record, trial)} points="{line}">{_tip(record, trial)}</polyline>')
+        lines.append(f'<polyline {marks[trial.name]} points="{line}">{_tip(record, trial)}</polyline>')
     return _svg("Parallel coordinates", f"One line per trial through its values of {', '.join(names)}; the higher the place in "
                 "the ranking, the stronger the line, better objectives on top. The table below has all values.", lines + body,
                 "point at a line to find its trial below, drag along an axis to keep a part of it")
@@ -173,7 +170,7 @@ def _chart(record: Record, title: str, description: str, xs: Sequence[float], ys
     return _svg(title, description, body + draw(at))
 
 
-def _best_so_far(record: Record) -> str:
+def _best_so_far(record: Record, marks: Mapping[str, str]) -> str:
     name, way = next(iter(record.objectives.items()))
     ended = sorted((t for t in record.trials if _value(record, t, name) is not None and t.state != "running"),
                    key=lambda t: t.ended or 0)
@@ -191,21 +188,21 @@ def _best_so_far(record: Record) -> str:
         dots = []
         for number, trial in enumerate(ended, 1):
             x, y = at(number, trial.metrics[name]).split(",")
-            dots.append(f'<circle {_mark(record, trial)} cx="{x}" cy="{y}" r="5">{_tip(record, trial)}</circle>')
+            dots.append(f'<circle {marks[trial.name]} cx="{x}" cy="{y}" r="5">{_tip(record, trial)}</circle>')
         return [f'<polyline class="front" points="{" ".join(at(x, y) for x, y in steps)}"/>', *dots]
 
     return _chart(record, "Best so far", f"{name} of each trial in the order in which they ended, and the best of those "
                   "trained to the end.", range(1, len(ended) + 1), [t.metrics[name] for t in ended], "trials ended", draw)
 
 
-def _curves(record: Record) -> str:
+def _curves(record: Record, marks: Mapping[str, str]) -> str:
     drawn = [trial for trial in reversed(ranked(record)) if len(trial.curve) > 1]
     if not drawn:
         return ""
     name = next(iter(record.objectives))
 
     def draw(at: Callable[[float, float], str]) -> list[str]:
-        return [f'<polyline {_mark(record, t)} points="{" ".join(at(x, y) for x, y in t.curve)}">{_tip(record, t)}</polyline>'
+        return [f'<polyline {marks[t.name]} points="{" ".join(at(x, y) for x, y in t.curve)}">{_tip(record, t)}</polyline>'
                 for t in drawn]
 
     return _chart(record, "Learning curves",

@@ -39,10 +39,12 @@ STATE = ".tune"
 
 
 class Watcher:
-    """Takes a run's messages, as the progress display does, and turns each evaluation that has been saved into a result."""
+    """Takes a run's messages, as the progress display does, and turns each evaluation that has been saved into a result.
+    Where an objective is not among them it asks the run to stop: an exception here would leave its workers behind."""
 
-    def __init__(self, config: RunConfig, objectives: Mapping[str, str]) -> None:
-        self.config, self.objectives = config, objectives
+    def __init__(self, config: RunConfig, objectives: Mapping[str, str], stop: threading.Event) -> None:
+        self.config, self.objectives, self.stop = config, objectives, stop
+        self.error: InputError | None = None
         self.results: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.latest: dict[str, float] = {}
         self.rates: list[float] = []
@@ -69,7 +71,11 @@ class Watcher:
             self.note(record)
         elif record["kind"] == "checkpoint" and self.evaluated and record["step"] < self.config.train.steps:
             self.evaluated = False
-            self.results.put(self.result(record["step"]))
+            try:
+                self.results.put(self.result(record["step"]))
+            except InputError as error:
+                self.error = error
+                self.stop.set()
 
     def finish(self, final: launch.RunResult) -> None:
         for name, by_model in final.results.items():
@@ -123,7 +129,7 @@ class SweepTrial(tune.Trainable):
         raise self.failure  # lost workers, a bucket that is away: Tune begins the trial again, and so does --resume
 
     def _begin(self) -> None:
-        self.watcher = Watcher(self.base, self.objectives)
+        self.watcher = Watcher(self.base, self.objectives, self.stop_asked)
 
         def run() -> None:
             try:
@@ -133,7 +139,7 @@ class SweepTrial(tune.Trainable):
                 config = with_values(self.base, self.values | {"run.name": self.run_name})
                 self.watcher.finish(launch.train(config, "auto", self.watcher, self.stop_asked))
             except Exception as error:  # noqa: BLE001 - told to Tune by step()
-                self.failure = error
+                self.failure = self.watcher.error or error
                 self.watcher.results.put(None)
 
         self.thread = threading.Thread(target=run, name="trial", daemon=True)

@@ -100,14 +100,25 @@ def test_ending_a_trial_asks_its_run_to_save_and_waits_for_that(monkeypatch: pyt
 
 
 def test_an_objective_that_is_not_logged_is_named(tmp_path: Path) -> None:
-    watcher = Watcher(tiny_config(tmp_path, tmp_path), {"mioux": "max"})
+    watcher = Watcher(tiny_config(tmp_path, tmp_path), {"mioux": "max"}, threading.Event())
     watcher.note({"val/student/miou": 0.5, "step": 1})
     with pytest.raises(InputError, match="objectives.mioux: is not logged; there are miou, step, val/student/miou"):
         watcher.result(4)
 
 
+def test_a_run_without_an_objective_is_stopped_in_good_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def train(one: config.RunConfig, resume: str, watcher: Watcher, stop: threading.Event) -> None:
+        for message in evaluated(4, 0.25):
+            watcher.update(message | {"time/steps_per_second": None})
+        assert stop.wait(5)
+        raise launch.RunStopped("saved")
+
+    failed = begun(monkeypatch, tiny_config(tmp_path, tmp_path), train).step()["failed"]
+    assert failed.startswith("objectives.step_seconds: is not logged")
+
+
 def test_a_trial_gone_on_with_counts_what_was_logged_before(tmp_path: Path) -> None:
-    watcher = Watcher(tiny_config(tmp_path, tmp_path), {"step_seconds": "min"})
+    watcher = Watcher(tiny_config(tmp_path, tmp_path), {"step_seconds": "min"}, threading.Event())
     logged = {"time/steps_per_second": 2.0, "val/student/miou": 0.1}
     watcher.read("".join(json.dumps({"step": step, **logged}) + "\n" for step in (1, 2)))
     watcher.update({"kind": "checkpoint", "step": 2, "url": ""})  # no new evaluation
