@@ -19,6 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ecocseg import google
 from ecocseg.errors import InputError, StorageUnavailable
 
 Answer = TypeVar("Answer")
@@ -102,7 +103,7 @@ def _code(error: Any) -> tuple[str, int]:
 
 @functools.lru_cache(maxsize=32)
 def _client(endpoint: str | None, region: str, path_style: bool | None, anonymous: bool, timeout: float,
-            credentials: int) -> Any:
+            credentials: int, tokens: bool) -> Any:
     """A client, which many threads may use; `credentials` makes it a new one when those in the environment change."""
     import boto3
     from botocore import UNSIGNED
@@ -112,15 +113,18 @@ def _client(endpoint: str | None, region: str, path_style: bool | None, anonymou
     style = {True: "path", False: "virtual", None: "path" if endpoint else "auto"}[path_style]
     config = Config(
         connect_timeout=min(5.0, timeout), read_timeout=timeout, retries={"mode": "standard", "total_max_attempts": 1},
-        s3={"addressing_style": style}, max_pool_connections=32, signature_version=UNSIGNED if anonymous else None,
+        s3={"addressing_style": style}, max_pool_connections=32, signature_version=UNSIGNED if anonymous or tokens else None,
         request_checksum_calculation="when_required", response_checksum_validation="when_required")  # not all servers have more
     session = boto3.session.Session()
     try:
-        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+        client = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except InvalidRegionError:
         raise InputError(f"storage.region '{region}' is no region's name; correct it or AWS_DEFAULT_REGION") from None
     except ValueError:
         raise InputError(f"storage.endpoint '{endpoint}' is no http:// or https:// URL; correct it") from None
+    if tokens:
+        client.meta.events.register("before-sign.s3", google.authorize)
+    return client
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ class S3:
     def client(self) -> Any:
         names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
         return _client(self.endpoint, self.region, self.path_style, self.anonymous, min(self.timeout, self.deadline),
-                       hash(tuple(os.environ.get(name) for name in names)))
+                       hash(tuple(os.environ.get(name) for name in names)),
+                       google.takes_tokens(self.endpoint, self.anonymous))
 
     def persist(self, doing: str, request: Callable[[], Answer]) -> Answer:
         """The answer to a request, tried again while what goes wrong may pass.
@@ -312,10 +317,11 @@ class S3:
                 "Objects": [{"Key": key} for key in some]})
             if len(answer.get("Errors", [])) + len(answer.get("Deleted", [])) < len(some):
                 raise CutOff
-            if answer.get("Errors"):
+            errors = [error for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"]  # Google's answer
+            if errors:
                 from botocore.exceptions import ClientError
 
-                raise ClientError({"Error": answer["Errors"][0]}, "DeleteObjects")
+                raise ClientError({"Error": errors[0]}, "DeleteObjects")
 
         for first in range(0, len(keys), 1000):
             some = keys[first:first + 1000]

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from ecocseg import google
 from ecocseg.errors import InputError, StorageUnavailable
 from ecocseg.s3 import S3, S3File
 
@@ -97,6 +99,8 @@ class Storage:
         s3, bucket, path = self._parse(url)
         if s3 is None:
             return pafs.LocalFileSystem(), path
+        if google.takes_tokens(s3.endpoint, self.anonymous):
+            return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=self.deadline)), join(bucket, path).rstrip("/")
         options: dict[str, Any] = {
             "connect_timeout": min(5.0, self.timeout), "request_timeout": self.timeout,
             "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=self.retries + 1)}
