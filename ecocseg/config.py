@@ -320,6 +320,9 @@ class LaunchConfig(Section):
     """Number of times a run is restarted after a worker is lost."""
     check_memory: bool = True
     """Refuse a step that is estimated to take more memory than the worker's device has."""
+    wait: float = Field(0.0, ge=0)
+    """Seconds a run asks a cluster for the nodes that launch.workers needs and waits for them; 0 = what is there must do. For
+    clusters that grow by themselves."""
 
 
 class EvalConfig(Section):

@@ -341,6 +341,10 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None,
 
     config, run_url = choose_run(with_absolute_paths(config), resume)
     preflight(config, run_url)
+    if config.launch.wait:
+        from ecocseg import scale
+
+        scale.wait_for_room(config, lambda text: display and display.update({"kind": "message", "text": text}))
     start_ray()
     resources = plan_resources(config, *cluster_size())
     write_run_files(config, run_url)

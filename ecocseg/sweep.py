@@ -386,7 +386,7 @@ def trial_base(sweep: Sweep, base: RunConfig, plan: Plan, sweep_url: str) -> Run
                              "checkpoint_every": base.train.eval_every or base.train.checkpoint_every}
     if sweep.scheduler.kind == "pbt":  # one may be read while the next is written
         train["keep_checkpoints"] = max(2, base.train.keep_checkpoints)
-    share = {"workers": plan.each.workers, "gpu": plan.each.gpu, "cpus_per_worker": plan.each.cpus_per_worker}
+    share = {"wait": 0.0, "workers": plan.each.workers, "gpu": plan.each.gpu, "cpus_per_worker": plan.each.cpus_per_worker}
     return launch.with_absolute_paths(base).updated(train=train, launch=share, run={"directory": sweep_url})
 
 

@@ -16,7 +16,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ecocseg import cli, launch, sweep  # noqa: E402
+from ecocseg import cli, launch, scale, sweep  # noqa: E402
 from ecocseg.checkpoint import build_storage  # noqa: E402
 from ecocseg.config import RunConfig, key_lines, read_yaml  # noqa: E402
 from ecocseg.errors import InputError, run_main  # noqa: E402
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = describe(spec, base, space)
     plan = None
     if not spec.codebooks:
+        if base.launch.wait and not args.dry_run:
+            scale.wait_for_room(base, print, spec.search.trials if spec.scheduler.kind == "pbt" else spec.concurrent or 1)
         population = spec.search.trials if spec.scheduler.kind == "pbt" else None  # has to train side by side
         plan = sweep.plan_trials(base, sweep.cluster_nodes(), population or spec.concurrent,
                                  "search.trials" if population else "concurrent")
