@@ -47,7 +47,7 @@ def main(description: str, default_recipe: str, argv: Sequence[str] | None = Non
         return run_one(config, args.resume, display)
     except launch.RunFailed as failure:
         display.close()
-        print(f"failed: {failure}", file=sys.stderr)
+        print(f"failed: {failure}", *[f"run folder: {url}" for url in [failure.run_url] if url], sep="\n", file=sys.stderr)
         return 1
     finally:
         display.close()
@@ -113,7 +113,7 @@ def dry_run(config: RunConfig) -> str:
     """Check config, data, storage, resources and model shapes; returns what was found."""
     config, run_url = launch.choose_run(config, "auto" if config.run.name else None)
     launch.preflight(config, run_url)
-    resources = launch.plan_resources(config, *launch.cluster_size())
+    resources = launch.plan_on_nodes(config, launch.cluster_nodes())
     manifests = loop.load_manifests(config)
     lines = [f"recipe      {config.recipe}: {config.description}", f"run folder  {run_url} (writable)"]
     lines += [f"data        {name}: {m.num_rows} images, {m.num_labeled} with masks, {len(m.files)} shard(s), {m.url}"

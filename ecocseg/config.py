@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -310,14 +310,19 @@ class EngineConfig(Section):
 
 
 class LaunchConfig(Section):
-    workers: int | None = Field(None, ge=1)
-    """Number of training workers; null = every GPU, or 1 without GPUs."""
+    workers: Annotated[int, Field(ge=1)] | tuple[int, int] | None = None
+    """Number of training workers, or [least, most] of an elastic run; null = every GPU, or 1 without GPUs."""
     gpu: bool | None = None
     """Train on GPUs; null = when the cluster has any."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs reserved by a worker; null = what ingest leaves, up to 4."""
     max_failures: int = Field(3, ge=0)
-    """Number of times a run is restarted after a worker is lost."""
+    """Number of times a run begins again after an error of its own or the death of a worker; after the same error at the same
+    step it does so once."""
+    max_preemptions: int = Field(100, ge=0)
+    """Number of times a run begins again after a node was lost or taken away."""
+    resize_seconds: float = Field(60.0, gt=0)
+    """Seconds between two looks, of an elastic run, for room for more workers."""
     check_memory: bool = True
     """Refuse a step that is estimated to take more memory than the worker's device has."""
     wait: float = Field(0.0, ge=0)

@@ -17,6 +17,10 @@ class StorageUnavailable(Exception):
     """
 
 
+class Restart(Exception):
+    """Training workers were asked to begin again, in another number, and have saved."""
+
+
 def run_main(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and turn errors that are no bugs into one message on stderr and an exit code."""
     try:

@@ -25,7 +25,7 @@ from ecocseg.data.pipeline import Batch, Stream, damage_error
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
 from ecocseg.data.transforms import WeakTransform
 from ecocseg.engine import World, build_engine, schedule
-from ecocseg.errors import InputError
+from ecocseg.errors import InputError, Restart
 from ecocseg.evaluate import EvalResult, Normalize, evaluate, samples_of_rows
 from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
@@ -36,8 +36,13 @@ from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker, read_metrics
 from ecocseg.volumes import volume_names
 
-Report = Callable[[dict[str, Any]], bool]
-"""Sends a message to whoever watches the run; true when the run is asked to stop."""
+ASKS = ("", "save", "restart", "stop")
+"""What a run may be asked at a log interval, the stronger later: nothing, to save and go on, to save and begin again (with
+another number of workers), to save and stop."""
+Report = Callable[[dict[str, Any]], str | bool]
+"""Sends a message to whoever watches the run; what the run is asked is the answer (true = stop)."""
+Notice = Callable[[], str]
+"""Called by all workers at every log interval; what the run is asked for reasons of its machines, the same for all of them."""
 
 
 TrackerFactory = Callable[[int, Callable[[dict[str, Any]], None]], Tracker]
@@ -49,17 +54,20 @@ class Stopped(Exception):
 
 
 def run_worker(config: RunConfig, run_url: str, world: World, report: Report,
-               tracker: TrackerFactory | None = None) -> dict[str, Any]:
+               tracker: TrackerFactory | None = None, notice: Notice | None = None) -> dict[str, Any]:
     """Train from the newest checkpoint of the run, if it has one, to the last step; returns the final results.
 
     Raises:
         InputError: when data, codebook or checkpoint do not fit together.
         FloatingPointError: when the loss is no longer finite.
     """
-    session = Session(config, run_url, world, report)
+    session = Session(config, run_url, world, report, notice)
     try:
         session.start(tracker)
         return session.train()
+    except Exception as error:
+        error.step = session.step  # type: ignore[attr-defined]  # tells one failure from another
+        raise
     finally:
         session.close()
 
@@ -67,14 +75,15 @@ def run_worker(config: RunConfig, run_url: str, world: World, report: Report,
 class Session:
     """One worker's share of a run: everything the loop orders, built from the configuration."""
 
-    def __init__(self, config: RunConfig, run_url: str, world: World, report: Report) -> None:
-        self.config, self.run_url, self.world, self.report = config, run_url, world, report
+    def __init__(self, config: RunConfig, run_url: str, world: World, report: Report, notice: Notice | None = None) -> None:
+        self.config, self.run_url, self.world, self.report, self.notice = config, run_url, world, report, notice
         self.storage = checkpoint.build_storage(config)
         self.checkpoints = checkpoint.Checkpoints(run_url, self.storage)
         self.streams: dict[str, Stream] = {}
         self.tracker: Tracker | None = None
         self.best: dict[str, Any] = {"score": -1.0, "step": -1, "url": None}
-        self.step, self.stop_asked = 0, False
+        self.step = 0
+        self.asked: str = ""
         self.history: deque[dict[str, Tensor]] = deque()
         self.damage_counts: dict[str, float] = {}
         self._build()
@@ -163,17 +172,20 @@ class Session:
             self.step += 1
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last:
-                stop = self._log(clock)
+                asked = self._log(clock)
             else:
-                stop = False
+                asked = ""
             evaluated = last or (config.eval_every > 0 and self.step % config.eval_every == 0)
             if evaluated and self.config.data.eval:
                 results = self._evaluate()
                 clock.skip()
-            if last or stop or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
+            if last or asked or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
                 self._save(results if evaluated else {})
                 clock.skip()
-            if stop and not last:
+            if asked in ("restart", "stop") and not last:
+                self.world.sum(torch.zeros(1, device=self.world.device))  # no worker leaves before all have saved
+                if asked == "restart":
+                    raise Restart(f"saved at step {self.step}")
                 raise Stopped(f"stopped at step {self.step}; saved, go on with --resume")
         if not results and self.config.data.eval:  # resumed after its last step, which is in the records already
             results = self._evaluate(record=False)
@@ -224,8 +236,8 @@ class Session:
             given.divisor = None if self.config.method.average == "all" else total[0].float()
             given.unlabeled_divisors = total[1:].float()
 
-    def _log(self, clock: Clock) -> bool:
-        """Reduce the metrics of the interval over workers; the only host sync of the interval. True = stop asked for."""
+    def _log(self, clock: Clock) -> str:
+        """Reduce the metrics of the interval over workers; the only host sync of the interval. Returns what is asked."""
         names = sorted({name for metrics in self.history for name in metrics})
         means = torch.stack([torch.stack([m[name].float() for m in self.history if name in m]).mean() for name in names])
         means = self.world.sum(means) / self.world.size
@@ -240,10 +252,14 @@ class Session:
             self.config.optim, self.config.train.steps, self.step - 1))
         scalars = collapse.named(scalars, self.classes.names)
         collapsed, warnings = self.watch.update(self.step, scalars)
-        stop = self._record(scalars | collapsed) if self.world.rank == 0 else False
+        if self.world.rank == 0:
+            self._record(scalars | collapsed)
         for warning in warnings if self.world.rank == 0 else ():
             self._say(warning)
-        return bool(self.world.sum(torch.tensor(float(stop), device=self.world.device)).item() > 0)
+        asked = self.world.sum(torch.tensor(float(ASKS.index(self.asked)), device=self.world.device)).item()  # of worker 0
+        self.asked = ""
+        noticed = "" if self.notice is None else self.notice()
+        return ASKS[max(round(asked), ASKS.index(noticed))]
 
     def _note_damage(self) -> None:
         """List the damaged rows of each stream in the run's folder; too many of them, over all workers, end the run."""
@@ -261,15 +277,16 @@ class Session:
             if len(damaged) > stream.most_damaged:
                 raise damage_error(name, stream.manifest, damaged, stream.most_damaged)
 
-    def _record(self, scalars: dict[str, float]) -> bool:
-        """Write scalars to the run's files and tell the watcher; true when the run is asked to stop."""
+    def _record(self, scalars: dict[str, float]) -> None:
+        """Write scalars to the run's files and tell the watcher, who may ask for something."""
         if self.tracker is None:
-            return self.report({"kind": "progress", "step": self.step, "total": self.config.train.steps, **scalars})
-        self.tracker.log(self.step, scalars)
-        return self.stop_asked
+            self._progress({"step": self.step, "total": self.config.train.steps, **scalars})
+        else:
+            self.tracker.log(self.step, scalars)
 
     def _progress(self, record: dict[str, Any]) -> None:
-        self.stop_asked = self.report({"kind": "progress", **record})
+        asked = self.report({"kind": "progress", **record})
+        self.asked = "stop" if asked is True else asked or self.asked
 
     def _averaged_models(self) -> dict[str, nn.Module]:
         models = {"student": self.model} | ({"teacher": self.teacher.module} if self.teacher is not None else {})

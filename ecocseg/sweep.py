@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from ecocseg.config import (
 )
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.errors import InputError
+from ecocseg.resources import SHARES, Resources, fits, fixed_workers, no_room, plan_resources
 
 SECTIONS = ("data", "model", "coding", "method", "optim", "train", "engine")
 """Sections whose keys may be searched; the others say where a run is, what it may take and how it is scored."""
@@ -326,7 +326,7 @@ class Plan:
     """How many trials run at a time, and what each takes."""
 
     concurrent: int
-    each: launch.Resources
+    each: Resources
     cpus: float
     gpus: int
 
@@ -341,43 +341,29 @@ def plan_trials(config: RunConfig, nodes: Sequence[tuple[float, int]], wanted: i
 
     A trial's workers and their data are placed by Ray Train and Ray Data, which Tune knows nothing of and which wait for ever
     for what is not there. So what all concurrent trials may take together never exceeds what the cluster has. A trial has
-    one worker unless launch.workers says more, and smaller shares of CPU where nodes have few beside their GPUs.
+    one worker unless launch.workers says more (of a range, the most), and smaller shares of CPU where nodes have few beside
+    their GPUs.
 
     Raises:
         InputError: with the numbers, when not even one trial fits, or not as many as wanted.
     """
-    config = config.updated(launch={"workers": config.launch.workers or 1})
+    config = config.updated(launch={"workers": fixed_workers(config) or 1})
     cpus, gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
-    one = launch.plan_resources(config, cpus, gpus)
+    one = plan_resources(config, cpus, gpus)
     most = (gpus if one.gpu else int(cpus)) // one.workers
-    shares = [None, 2.0, 1.0, 0.5] if config.launch.cpus_per_worker is None else [config.launch.cpus_per_worker]
+    shares = [None, *SHARES] if config.launch.cpus_per_worker is None else [config.launch.cpus_per_worker]
     for number, share in itertools.product([wanted] if wanted else range(most, 0, -1), shares):
         try:
-            each = launch.plan_resources(config.updated(launch={"cpus_per_worker": share}), cpus / number, gpus // number)
+            each = plan_resources(config.updated(launch={"cpus_per_worker": share}), cpus / number, gpus // number)
         except InputError:
             continue
-        places = sum(min(int(node[0] / each.cpus_per_worker + 1e-6), node[1] if each.gpu else 1 << 30) for node in nodes)
-        if number * each.workers <= places:
+        if fits(each, nodes, number):
             return Plan(number, each, cpus, gpus)
     if wanted is not None:
         best = plan_trials(config, nodes)
         raise InputError(f"{key}: {wanted} trials of {one.workers} worker(s) do not fit into {cpus:g} CPU(s) and {gpus} "
                          f"GPU(s) on {len(nodes)} node(s) at a time; {best.concurrent} do, with {best.each.describe()} each")
-    raise InputError(f"launch.workers: {one.workers} worker(s) with {one.cpus_per_worker:g} CPU each do not fit on the nodes "
-                     f"(CPUs, GPUs): {', '.join(f'({c:g}, {g})' for c, g in nodes)}; use fewer, or a smaller "
-                     "launch.cpus_per_worker")
-
-
-def cluster_nodes() -> list[tuple[float, int]]:
-    """CPUs and GPUs of each node of the cluster in RAY_ADDRESS, to which this connects, or of this machine."""
-    if os.environ.get("RAY_ADDRESS"):
-        launch.start_ray()
-    import ray
-
-    if not ray.is_initialized():
-        return [launch.cluster_size()]
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(float(found.get("CPU", 0)), int(found.get("GPU", 0))) for found in resources]
+    raise no_room(one, nodes)
 
 
 def trial_base(sweep: Sweep, base: RunConfig, plan: Plan, sweep_url: str) -> RunConfig:

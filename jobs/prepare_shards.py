@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone 
 
 import numpy as np
 
+from ecocseg.cluster import lasting
 from ecocseg.data import packing, shards, splits
 from ecocseg.data.checks import check_mask, decode_ids, image_size
 from ecocseg.data.packing_plan import Part, Settings
@@ -415,6 +416,8 @@ def show(manifest: Manifest, shares: bool = True) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    if getattr(options, "out", None) is not None:
+        options.out = lasting(options.out)
     options.run(options)
     return 0
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone runs without being installed
 
+from ecocseg.cluster import absolute
 from ecocseg.errors import InputError, run_main
 
 if TYPE_CHECKING:
@@ -124,13 +125,12 @@ def make_plan(options: argparse.Namespace, labeler: Labeler, storage: Storage) -
     """What is to be labelled; the pool is looked at, and whether OUT can be written."""
     from ecocseg.data.shards import check_files, read_manifest
     from ecocseg.labelling import Plan
-    from ecocseg.storage import is_remote
 
     storage.check(options.pool)
-    storage.check_writable(options.out)
-    pool = read_manifest(options.pool if is_remote(options.pool) else str(Path(options.pool).resolve()), storage)
+    out = absolute(options.out).rstrip("/")
+    storage.check_writable(out)
+    pool = read_manifest(absolute(options.pool), storage)
     check_files(pool, storage)
-    out = (options.out if is_remote(options.out) else str(Path(options.out).resolve())).rstrip("/")
     if out == pool.url.rstrip("/"):
         raise InputError(f"--out: {options.out} is the pool itself; give another folder")
     return Plan(pool, out, storage, labeler.describe(), labeler.last.class_list)
@@ -138,12 +138,10 @@ def make_plan(options: argparse.Namespace, labeler: Labeler, storage: Storage) -
 
 def read_together(options: argparse.Namespace, storage: Storage) -> Manifest | None:
     from ecocseg.data.shards import check_files, read_manifest
-    from ecocseg.storage import is_remote
 
     if options.together is None:
         return None
-    url = options.together if is_remote(options.together) else str(Path(options.together).resolve())
-    manifest = read_manifest(url, storage)
+    manifest = read_manifest(absolute(options.together), storage)
     check_files(manifest, storage)
     return manifest
 

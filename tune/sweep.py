@@ -16,11 +16,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ecocseg import cli, launch, scale, sweep  # noqa: E402
+from ecocseg import cli, cluster, launch, scale, sweep  # noqa: E402
 from ecocseg.checkpoint import build_storage  # noqa: E402
 from ecocseg.config import RunConfig, key_lines, read_yaml  # noqa: E402
 from ecocseg.errors import InputError, run_main  # noqa: E402
-from ecocseg.storage import Storage, is_remote, join  # noqa: E402
+from ecocseg.storage import Storage, join  # noqa: E402
 from ecocseg.sweep_report import Record, best, text_table  # noqa: E402
 
 SPACES = Path(__file__).resolve().parent / "spaces"
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if base.launch.wait and not args.dry_run:
             scale.wait_for_room(base, print, spec.search.trials if spec.scheduler.kind == "pbt" else spec.concurrent or 1)
         population = spec.search.trials if spec.scheduler.kind == "pbt" else None  # has to train side by side
-        plan = sweep.plan_trials(base, sweep.cluster_nodes(), population or spec.concurrent,
+        plan = sweep.plan_trials(base, launch.cluster_nodes(), population or spec.concurrent,
                                  "search.trials" if population else "concurrent")
         spec = spec.model_copy(update={"concurrent": plan.concurrent})  # of a sweep that is gone on with it stays
         lines.append(f"trials      {plan.describe()}")
@@ -89,7 +89,7 @@ def choose_folder(spec: sweep.Sweep, base: RunConfig, storage: Storage, name: st
     Raises:
         InputError: when there is a sweep where there should be none, none where there should be one, or another one.
     """
-    root = base.run.directory if is_remote(base.run.directory) else str(Path(base.run.directory).resolve())
+    root = cluster.absolute(base.run.directory)
     storage.check(root)
     if name is None and resume is not None:
         named = re.compile(re.escape(spec.name) + r"-\d{8}-\d{6}")
