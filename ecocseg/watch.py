@@ -58,6 +58,10 @@ class Board:
     def failed(self) -> dict[str, str] | None:
         return self.failure
 
+    def over(self) -> bool:
+        """Whether nothing more can be saved: the workers are done with, or there are none."""
+        return self.failure is not None or not self.nodes
+
     def begin(self, rank: int, node: str) -> dict[str, str] | None:
         """A worker begins, on a node; the answer is why it need not."""
         self.nodes[rank] = node
@@ -115,7 +119,7 @@ def watch(fit: Callable[[], Any], board: Any, display: Any, stop: threading.Even
                     final = message
                 if display is not None:
                     display.update(message)
-            if not alive or (signalled and ray.get(board.failed.remote()) is not None):
+            if not alive or (signalled and ray.get(board.over.remote())):
                 break
             if stop is not None and stop.is_set() and not asked:
                 asked.append(time.monotonic())
@@ -129,7 +133,7 @@ def watch(fit: Callable[[], Any], board: Any, display: Any, stop: threading.Even
         return final
     if failure is not None and failure["kind"] == "input":
         raise InputError(failure["text"])
-    cause = failure["text"] if failure is not None else _cause(error)
+    cause = failure["text"] if failure is not None else _cause(error, thread.is_alive())
     for_good = failure is not None and failure["kind"] != "lost"
     raise (RunStopped if asked or signalled else RunFailed)(cause) from (error[0] if error and not for_good else None)
 
@@ -146,7 +150,9 @@ def _on_signal(signalled: list[float], board: Any) -> None:
         os._exit(130)
 
 
-def _cause(error: list[BaseException]) -> str:
+def _cause(error: list[BaseException], waiting: bool) -> str:
+    if waiting:
+        return "stopped while no worker was training; go on with --resume"
     if not error:
         return "the workers ended without a result; go on with --resume"
     failures = getattr(error[0], "worker_failures", None) or {}

@@ -143,7 +143,7 @@ class Cluster:
         self.environment["RAY_API_SERVER_ADDRESS"] = self.dashboard
         self.head = self._start(None, self.address, "--head", f"--port={self.port}", f"--num-cpus={cpus}",
                                 f"--dashboard-host={self.address}", f"--dashboard-port={self.dashboard_port}",
-                                f"--temp-dir={self.folder}/{self.port}", "--include-dashboard=true")
+                                f"--temp-dir={self.folder}/{self.port}", f"--ray-client-server-port={free_port()}")
         self._until(lambda: subprocess.run([RAY, "job", "list"], env=self.environment, capture_output=True).returncode == 0)
 
     def _start(self, space: str | None, address: str, *options: str, hidden: str | None = None) -> Node:

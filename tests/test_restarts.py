@@ -217,3 +217,20 @@ def test_a_run_saves_when_it_is_asked_to_or_warned(tiny: Path, tmp_path: Path) -
     asked = {2: "restart"}
     with pytest.raises(Restart, match="saved at step 2"):
         loop.run_worker(config, str(tmp_path / "again"), World(), report)
+
+
+def test_who_stops_a_run_waits_for_workers_alone() -> None:
+    board = Board()
+    assert board.over()  # none has begun: there is nothing to save
+    board.begin(0, "a")
+    board.ask("stop")
+    board.ask("restart")
+    assert not board.over() and board.post({"kind": "message", "text": ""}) == ""
+    assert board.post({"kind": "progress", "step": 3}) == board.post({"kind": "progress", "step": 4}) == "stop"
+    board.fail("stopped", "saved")
+    assert board.over()
+    board = Board()
+    board.begin(0, "a")
+    board.ask("save")
+    assert [board.post({"kind": "progress", "step": step}) for step in (1, 2)] == ["save", ""]  # once is enough
+    assert board.attempt()["nodes"] == {0: "a"} and board.over()  # begun again, and not there yet
