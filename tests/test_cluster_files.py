@@ -292,6 +292,14 @@ def check_script(script: str, words: list[str]) -> None:
         assert script == "jobs/in_venv.py" and not words, (script, words)
 
 
+def test_every_submission_has_a_token() -> None:
+    for section in (ROOT / "README.md").read_text().split("\n## "):
+        for line in re.findall(r"^.*\bray job submit .*$", section, re.M):
+            before = section[:section.index(line)]
+            bare = not line.startswith("RAY_AUTH_MODE=token ") and "export RAY_AUTH_MODE=token" not in before
+            assert not bare or "`ray job submit" in line, line
+
+
 def check_data(config: RunConfig) -> None:
     """Where runs lie in a bucket, no data may be left on the machine that submits."""
     if config.run.directory.startswith("s3://"):
@@ -332,6 +340,8 @@ def test_commands_of_the_readme(page: str) -> None:
         checked.add(program)
         if program == "ray":
             check_ray(rest)
+        elif "=" in program:
+            assert program.partition("=")[0] in ("job", "head"), words
         elif program == "kubectl":
             for index, word in enumerate(rest):
                 assert word != "-f" or (ROOT / rest[index + 1]).is_file(), words
@@ -348,5 +358,6 @@ def test_commands_of_the_readme(page: str) -> None:
         else:
             assert program in ("export", "scancel"), words
     assert {"ray", "kubectl", "sbatch", "export"} <= checked
+    assert 0 < text.index("export RAY_AUTH_MODE=token") < text.index("ray job ")
     for number in re.findall(r"RAY_JOB_STOP_WAIT_TIME_S`: (\d+) s", text):
         assert f"RAY_JOB_STOP_WAIT_TIME_S={number}" in (FILES / "aws.yaml").read_text()
