@@ -7,13 +7,14 @@ from it, is never resumed from. Nothing in it depends on the number of workers t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from ecocseg.codebook import Codebook
@@ -21,10 +22,11 @@ from ecocseg.coding import EcocCoding, OneHotCoding
 from ecocseg.config import CodingConfig, ModelConfig, RunConfig
 from ecocseg.data.classes import ClassList
 from ecocseg.engine import OptimizerState
-from ecocseg.errors import InputError
+from ecocseg.errors import InputError, StorageUnavailable
 from ecocseg.evaluate import EvalSpec, Normalize
 from ecocseg.models.segmenter import Segmenter, build_segmenter
 from ecocseg.storage import Storage, join
+from ecocseg.tensor_file import TensorFile
 
 FORMAT = 1
 Coding = EcocCoding | OneHotCoding
@@ -114,42 +116,70 @@ class Checkpoints:
         self.url = join(run_url, "checkpoints")
         self.storage = storage
 
+    def url_of(self, step: int) -> str:
+        return join(self.url, f"step_{step:08d}")
+
     def save(self, snapshot: Snapshot) -> str:
-        """Write a checkpoint and return its URL; it counts from the moment its last file is there."""
-        folder = join(self.url, f"step_{snapshot.step:08d}")
-        files = {"student.safetensors": save(snapshot.student),
-                 "optimizer.safetensors": save(_flat(snapshot.optimizer)),
-                 "meta.json": json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.meta}, indent=1).encode()}
+        """Write a checkpoint and return its URL; it counts from the moment its last file is there. What a person has to mend,
+        such as a full disk, leaves none of its files behind."""
+        folder = self.url_of(snapshot.step)
+        try:
+            self._write(folder, snapshot)
+        except InputError:
+            with contextlib.suppress(InputError, StorageUnavailable):
+                self.storage.soon().delete(folder)
+            raise
+        return folder
+
+    def _write(self, folder: str, snapshot: Snapshot) -> None:
+        meta = json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.meta}, indent=1).encode()
+        tensors = {"student": snapshot.student, "optimizer": _flat(snapshot.optimizer)}
         if snapshot.teacher is not None:
-            files["teacher.safetensors"] = save(snapshot.teacher)
+            tensors["teacher"] = snapshot.teacher
         if self.storage.exists(join(folder, "complete.json")):  # the same step again, after a resume
             self.storage.delete(join(folder, "complete.json"))
-        for name, data in files.items():
-            self.storage.write_bytes(join(folder, name), data)
-        listing = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+        listing = {"meta.json": {"bytes": len(meta), "sha256": hashlib.sha256(meta).hexdigest()}}
+        self.storage.write_bytes(join(folder, "meta.json"), meta)
+        for name, group in tensors.items():
+            file = TensorFile(group)
+            self.storage.write_bytes(join(folder, f"{name}.safetensors"), file)
+            listing[f"{name}.safetensors"] = {"bytes": len(file), "sha256": file.sha256()}
         self.storage.write_bytes(join(folder, "complete.json"), json.dumps(listing, indent=1).encode())
-        return folder
+
+    def _folders(self) -> tuple[list[str], list[str]]:
+        """URLs of the complete checkpoints and of the others, oldest first."""
+        names = sorted(name for name in self.storage.list_dirs(self.url) if name.startswith("step_"))
+        complete = [name for name in names if self.storage.exists(join(self.url, name, "complete.json"))]
+        return ([join(self.url, name) for name in complete],
+                [join(self.url, name) for name in names if name not in complete])
 
     def complete(self) -> list[str]:
         """URLs of the complete checkpoints, oldest first."""
-        names = sorted(name for name in self.storage.list_dirs(self.url) if name.startswith("step_"))
-        return [join(self.url, name) for name in names if self.storage.exists(join(self.url, name, "complete.json"))]
+        return self._folders()[0]
 
     def prune(self, keep: int, best: str | None) -> None:
-        """Delete all but the newest `keep` and the best."""
-        for url in self.complete()[:-keep]:
+        """Delete all but the newest `keep` and the best, and what is left of older ones that were not finished."""
+        complete, unfinished = self._folders()
+        for url in complete[:-keep]:
             if url != best:
                 self.storage.delete(join(url, "complete.json"))  # first, so that a half-deleted one is not complete
                 self.storage.delete(url)
+        for url in unfinished:
+            if complete and url < complete[-1]:
+                self.storage.delete(url)
 
     def newest(self) -> tuple[Snapshot, list[str]] | None:
-        """The newest checkpoint that is whole, and a message for each newer one that is damaged."""
+        """The newest checkpoint that is whole, and a message for each newer one that is damaged or was not finished."""
         passed_over: list[str] = []
-        for url in reversed(self.complete()):
+        complete, unfinished = self._folders()
+        for url in reversed(complete):
             try:
-                return read(url, self.storage), passed_over
+                found = read(url, self.storage)
             except InputError as error:
                 passed_over.append(str(error))
+                continue
+            cut_off = [f"checkpoint {other} is not complete; its writing was cut off" for other in unfinished if other > url]
+            return found, passed_over + cut_off
         if passed_over:
             raise InputError("no checkpoint of this run is whole:\n  " + "\n  ".join(passed_over))
         return None

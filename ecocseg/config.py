@@ -286,8 +286,10 @@ class TrainConfig(Section):
     """Number of steps between checkpoints; 0 = only at the end."""
     panels_every: int = Field(1000, ge=0)
     """Number of steps between picture panels; 0 = none."""
-    keep_checkpoints: int = Field(1, ge=1)
-    """Number of latest checkpoints kept, beside the best."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of latest checkpoints kept, beside the best; with 1 there is none to fall back to when the newest is damaged."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory; false = the step waits for storage."""
     compare_with_source_only: bool = False
     """Train the same recipe without the unlabelled images first, and show the table before and after adaptation."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecocseg import checkpoint, collapse, memory
+from ecocseg import checkpoint, collapse, finite, memory
 from ecocseg.codebook import Codebook
 from ecocseg.config import RunConfig
 from ecocseg.data import pseudo
@@ -31,6 +31,7 @@ from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
+from ecocseg.saving import Saver
 from ecocseg.storage import is_remote, join
 from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker, read_metrics
@@ -59,7 +60,8 @@ def run_worker(config: RunConfig, run_url: str, world: World, report: Report,
 
     Raises:
         InputError: when data, codebook or checkpoint do not fit together.
-        FloatingPointError: when the loss is no longer finite.
+        FloatingPointError: when the loss is no longer finite, or what would be saved is not.
+        StorageUnavailable: when a bucket is away, in this step or while an earlier one's checkpoint was written.
     """
     session = Session(config, run_url, world, report, notice)
     try:
@@ -79,6 +81,8 @@ class Session:
         self.config, self.run_url, self.world, self.report, self.notice = config, run_url, world, report, notice
         self.storage = checkpoint.build_storage(config)
         self.checkpoints = checkpoint.Checkpoints(run_url, self.storage)
+        self.saver = Saver(self.checkpoints, config.train.keep_checkpoints, config.train.async_checkpoints, self._mirror)
+        self.saving_times: dict[str, float] = {}
         self.streams: dict[str, Stream] = {}
         self.tracker: Tracker | None = None
         self.best: dict[str, Any] = {"score": -1.0, "step": -1, "url": None}
@@ -157,6 +161,7 @@ class Session:
             self.teacher.module.load_state_dict(snapshot.teacher)
             self.teacher.updates = snapshot.meta["teacher_updates"]
         self.step, self.best = snapshot.step, snapshot.meta["best"]
+        self.saver.newest = self.step
         if self.world.rank == 0:
             for message in passed_over:
                 self._say(f"passed over: {message}")
@@ -168,6 +173,7 @@ class Session:
         batches = {name: iter(stream) for name, stream in self.streams.items()}
         clock = Clock(self.streams)
         while self.step < config.steps:
+            self._note_saved()
             self._train_step(batches)
             self.step += 1
             last = self.step == config.steps
@@ -181,6 +187,8 @@ class Session:
                 clock.skip()
             if last or asked or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
                 self._save(results if evaluated else {})
+                if last or stop:
+                    self._note_saved(wait=True)
                 clock.skip()
             if asked in ("restart", "stop") and not last:
                 self.world.sum(torch.zeros(1, device=self.world.device))  # no worker leaves before all have saved
@@ -248,8 +256,9 @@ class Session:
             raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower optim.lr or set optim.gradient_clipping; "
                                      "the last checkpoint is from before")
         self._note_damage()
-        scalars.update(clock.read(self.step), lr=self.config.optim.lr * self.config.lr_factor * schedule(
+        scalars.update(clock.read(self.step), **self.saving_times, lr=self.config.optim.lr * self.config.lr_factor * schedule(
             self.config.optim, self.config.train.steps, self.step - 1))
+        self.saving_times.clear()
         scalars = collapse.named(scalars, self.classes.names)
         collapsed, warnings = self.watch.update(self.step, scalars)
         if self.world.rank == 0:
@@ -317,13 +326,16 @@ class Session:
         return next(iter(results.values()))["student"].score if results else -1.0
 
     def _save(self, results: dict[str, dict[str, EvalResult]]) -> None:
+        """Copy all that a checkpoint holds to host memory, and have it written while training goes on."""
+        began = time.perf_counter()
+        self._note_saved(wait=True)  # at most one is under way, and in memory
+        waited = time.perf_counter()
         self._averaged_models()
         optimizer = self.engine.optimizer_state()
         if self.world.rank > 0:
             return
         score = self._score(results)
-        best = score > self.best["score"]
-        if best:
+        if score > self.best["score"]:
             self.best = {"score": score, "step": self.step, "url": None}
         meta = {"teacher_updates": self.teacher.updates if self.teacher else 0, "best": self.best,
                 "config": self.config.model_dump(mode="json"), "workers": self.world.size,
@@ -331,20 +343,21 @@ class Session:
                 "manifests": {name: manifest.hash for name, manifest in self.manifests.items()},
                 "versions": checkpoint.versions(), **checkpoint.describe_task(self.book, self.classes)}
         teacher = checkpoint.cpu_state(self.teacher.module) if self.teacher is not None else None
-        self._mirror()  # first: curves that reach further than the checkpoint are cut, ones that end before it have a hole
-        url = self.checkpoints.save(checkpoint.Snapshot(
-            self.step, checkpoint.cpu_state(self.model), teacher, optimizer, meta))
-        best_url = url if best else self._best_url()
-        self.checkpoints.prune(self.config.train.keep_checkpoints, best_url)
-        self.report({"kind": "checkpoint", "step": self.step, "url": url})
+        self.saver.save(checkpoint.Snapshot(self.step, checkpoint.cpu_state(self.model), teacher, optimizer, meta))
+        self.saving_times |= {"time/checkpoint_wait": waited - began, "time/checkpoint_copy": time.perf_counter() - waited}
+
+    def _note_saved(self, wait: bool = False) -> None:
+        """Tell of a checkpoint that has been written meanwhile, or raise what went wrong with it."""
+        saved = self.saver.written(wait)
+        if saved is not None:
+            self.saving_times["time/checkpoint_write"] = saved.seconds
+            self.report({"kind": "checkpoint", "step": saved.step, "url": saved.url})
 
     def _mirror(self) -> None:
-        """Copy curves and pictures to the run's folder when that is a bucket."""
+        """Copy curves and pictures to the run's folder when that is a bucket, ahead of a checkpoint: curves that reach further
+        than it are cut when it is gone on from, ones that end before it would have a hole."""
         if self.tracker is not None and is_remote(self.run_url):
             self.storage.upload_dir(str(self.tracker.directory), self.run_url)
-
-    def _best_url(self) -> str | None:
-        return next((url for url in self.checkpoints.complete() if url.endswith(f"{self.best['step']:08d}")), None)
 
     def _final(self, results: dict[str, dict[str, EvalResult]]) -> dict[str, Any]:
         plain = {name: {which: result.to_dict() for which, result in by_model.items()} for name, by_model in results.items()}
@@ -366,6 +379,9 @@ class Session:
         self.report({"kind": "message", "text": text})
 
     def close(self) -> None:
+        unsaid = self.saver.close()
+        if unsaid is not None:  # the run ends by another error; this one is told, not lost
+            self._say(f"the last checkpoint was not written: {unsaid}")
         for stream in self.streams.values():
             stream.close()
         if self.tracker is not None:

@@ -37,6 +37,8 @@ class Estimate:
     activations: int
     images: int
     """Images in the largest graph of the step."""
+    snapshot: int = 0
+    """Host memory of rank 0 while a checkpoint is written: the copy it is written from."""
 
     @property
     def total(self) -> int:
@@ -45,7 +47,7 @@ class Estimate:
     def describe(self) -> str:
         return (f"about {self.total / GB:.1f} GB per worker: weights and teacher {self.weights / GB:.1f}, gradients "
                 f"{self.gradients / GB:.1f}, optimiser {self.optimizer / GB:.1f}, activations of {self.images} image(s) "
-                f"{self.activations / GB:.1f}")
+                f"{self.activations / GB:.1f}; a checkpoint takes {self.snapshot / GB:.1f} GB of host memory while it is written")
 
 
 def saved_bytes(model: nn.Module, images: int, size: tuple[int, int], channels: int = 3) -> int:
@@ -80,7 +82,8 @@ def estimate(config: RunConfig, model: nn.Module, workers: int, micro_batches: i
         saved *= BF16_SHARE
     # DeepSpeed keeps the flat partition its optimiser works on beside the weights.
     optimizer = (states + (config.engine.kind == "deepspeed" and config.engine.zero_stage > 0)) * parameters // shard
-    return Estimate(copies * parameters, parameters, optimizer, int(images * saved), images)
+    snapshot = (1 + kind.needs_teacher + states) * parameters
+    return Estimate(copies * parameters, parameters, optimizer, int(images * saved), images, snapshot)
 
 
 def check(config: RunConfig, model: nn.Module, world: World, micro_batches: int) -> Estimate | None:
@@ -94,7 +97,8 @@ def check(config: RunConfig, model: nn.Module, world: World, micro_batches: int)
     except (NotImplementedError, RuntimeError):  # an encoder that looks at its input's values
         return None
     there = available_bytes(world.device)
-    if config.launch.check_memory and found.total > there:
+    needed = found.total + (found.snapshot if world.device.type == "cpu" and world.rank == 0 else 0)
+    if config.launch.check_memory and needed > there:
         raise InputError(refusal(config, found, there, micro_batches))
     return found
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from ecocseg import google
 from ecocseg.errors import InputError, StorageUnavailable
+from ecocseg.tensor_file import TensorFile
 
 Answer = TypeVar("Answer")
 PIECE_BYTES = 32 << 20
@@ -229,11 +230,11 @@ class S3:
             yield data
             have += len(data)
 
-    def put(self, bucket: str, key: str, source: bytes | Path) -> None:
+    def put(self, bucket: str, key: str, source: bytes | Path | TensorFile) -> None:
         """Write an object that is there whole, or as before."""
         doing, size = f"write s3://{bucket}/{key}", source.stat().st_size if isinstance(source, Path) else len(source)
         if size <= PART_BYTES:
-            body = source.read_bytes() if isinstance(source, Path) else source
+            body = _span(source, 0, size)
             self.persist(doing, lambda: self.client.put_object(Bucket=bucket, Key=key, Body=body))
             return
         target = {"Bucket": bucket, "Key": key}
@@ -332,9 +333,11 @@ _JITTER = random.Random()
 """Apart from the random numbers of training, which it must not move."""
 
 
-def _span(source: bytes | Path, first: int, size: int) -> bytes:
+def _span(source: bytes | Path | TensorFile, first: int, size: int) -> bytes:
     if isinstance(source, bytes):
         return source[first:first + size]
+    if isinstance(source, TensorFile):
+        return source.read(first, size)
     with open(source, "rb") as file:
         file.seek(first)
         return file.read(size)

@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from ecocseg import google
 from ecocseg.errors import InputError, StorageUnavailable
 from ecocseg.s3 import S3, S3File
+from ecocseg.tensor_file import TensorFile
 
 
 def join(url: str, *parts: str) -> str:
@@ -131,7 +132,7 @@ class Storage:
         with _reading(url), open(path, "rb") as file:
             return file.read()
 
-    def write_bytes(self, url: str, data: bytes) -> None:
+    def write_bytes(self, url: str, data: bytes | TensorFile) -> None:
         """Write a file so that it is there whole or not at all.
 
         Raises:
@@ -142,7 +143,7 @@ class Storage:
             s3.put(bucket, path, data)
             return
         with _new_file(url, path) as file:
-            file.write(data)
+            file.writelines(data.pieces() if isinstance(data, TensorFile) else [data])
 
     def exists(self, url: str) -> bool:
         """Whether there is such a file, or a folder with something in it."""

@@ -48,7 +48,8 @@ class Watcher:
         self.results: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.latest: dict[str, float] = {}
         self.rates: list[float] = []
-        self.evaluated = False
+        self.evaluated: int | None = None
+        """Step of an evaluation that has not been reported."""
 
     def restart(self, phase: str) -> None:
         """A run begins; nothing to do."""
@@ -58,19 +59,21 @@ class Watcher:
         self.latest.update({name: value for name, value in record.items() if isinstance(value, int | float)})
         if record.get("time/steps_per_second"):
             self.rates.append(record["time/steps_per_second"])
-        self.evaluated = self.evaluated or f"{next(iter(self.config.data.eval))}/student/miou" in record
+        if f"{next(iter(self.config.data.eval))}/student/miou" in record:
+            self.evaluated = int(record["step"])
 
     def read(self, text: str) -> None:
         """Take in what an earlier process logged, and had time to report."""
         for record in parse_metrics(text):
             self.note(record)
-        self.evaluated = False
+        self.evaluated = None
 
     def update(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "progress":
             self.note(record)
-        elif record["kind"] == "checkpoint" and self.evaluated and record["step"] < self.config.train.steps:
-            self.evaluated = False
+        elif record["kind"] == "checkpoint" and self.evaluated is not None and (
+                self.evaluated <= record["step"] < self.config.train.steps):  # not one written late, from before
+            self.evaluated = None
             try:
                 self.results.put(self.result(record["step"]))
             except InputError as error:

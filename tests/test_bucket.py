@@ -149,7 +149,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_whole(server: str) -> None
             except StorageUnavailable:
                 broken += 1
         newest = Checkpoints(url, clean).newest()
-        assert newest is not None and newest[1] == []
+        assert newest is not None and all("not complete" in text for text in newest[1])
         step = newest[0].step
         assert torch.equal(newest[0].student["w"], snapshot(step).student["w"])
         found.add(step)

@@ -102,7 +102,7 @@ def test_half_written_checkpoint_does_not_count(tiny: Path, tmp_path: Path) -> N
 
 
 def test_best_and_last_are_kept(tiny: Path, tmp_path: Path) -> None:
-    train(tiny_config(tiny, tmp_path, train__eval_every=2, train__checkpoint_every=2))
+    train(tiny_config(tiny, tmp_path, train__eval_every=2, train__checkpoint_every=2, train__keep_checkpoints=1))
     names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     best = newest(tmp_path / "run").meta["best"]
     assert names == sorted({"step_00000010", f"step_{best['step']:08d}"})

@@ -52,9 +52,10 @@ def test_what_is_kept_by_engine_optimiser_and_method(tmp_path: Path) -> None:
     weights = 4 * sum(p.numel() for p in model.parameters())
     whole = memory.estimate(plain, model, 1, 1)
     assert (whole.weights, whole.gradients, whole.optimizer) == (2 * weights, weights, 2 * weights)  # student and teacher
+    assert whole.snapshot == 4 * weights and "checkpoint takes 0.0 GB of host memory" in whole.describe()
     assert next(model.parameters()).device.type == "cpu"
     alone = memory.estimate(config(tmp_path, method__kind="supervised", optim__kind="sgd"), model, 1, 1)
-    assert (alone.weights, alone.optimizer) == (weights, weights)
+    assert (alone.weights, alone.optimizer, alone.snapshot) == (weights, weights, 2 * weights)
     sharded = memory.estimate(config(tmp_path, engine__kind="deepspeed", engine__zero_stage=1), model, 4, 1)
     assert sharded.optimizer == 3 * weights // 4
     halves = memory.estimate(plain, model, 1, 2)
