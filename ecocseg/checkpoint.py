@@ -136,8 +136,9 @@ class Checkpoints:
         tensors = {"student": snapshot.student, "optimizer": _flat(snapshot.optimizer)}
         if snapshot.teacher is not None:
             tensors["teacher"] = snapshot.teacher
-        if self.storage.exists(join(folder, "complete.json")):  # the same step again, after a resume
+        if self.storage.exists(folder):  # the same step again: what is left of one that was cut off, or damaged since
             self.storage.delete(join(folder, "complete.json"))
+            self.storage.delete(folder)
         listing = {"meta.json": {"bytes": len(meta), "sha256": hashlib.sha256(meta).hexdigest()}}
         self.storage.write_bytes(join(folder, "meta.json"), meta)
         for name, group in tensors.items():

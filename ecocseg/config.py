@@ -290,6 +290,10 @@ class TrainConfig(Section):
     """Number of latest checkpoints kept, beside the best; with 1 there is none to fall back to when the newest is damaged."""
     async_checkpoints: bool = True
     """Write checkpoints while training goes on, from a copy in host memory; false = the step waits for storage."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run at the next log line, or leave that step's update out."""
+    max_skipped: int = Field(20, ge=1)
+    """Number of steps in a row that on_nan=skip leaves out before it ends the run, at the next log line."""
     compare_with_source_only: bool = False
     """Train the same recipe without the unlabelled images first, and show the table before and after adaptation."""
 
@@ -364,8 +368,8 @@ class StorageConfig(Section):
     """Address buckets in the path instead of the host name; null = with an endpoint of one's own."""
     anonymous: bool = False
     """Read public buckets without credentials; run.directory must then be a local folder, or a bucket anyone may write."""
-    retries: int = Field(8, ge=0)
-    """Number of times a request is tried again, after pauses of 1/4 s, doubled each time, up to 20 s."""
+    retries: int = Field(10, ge=0)
+    """Number of times a request is tried again, after pauses of 1/4 s, doubled each time, up to 20 s: 10 last 45 s or more."""
     timeout: float = Field(20.0, gt=0)
     """Seconds without an answer after which a try ends."""
     deadline: float = Field(120.0, gt=0)

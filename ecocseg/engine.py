@@ -55,26 +55,31 @@ def schedule(optim: OptimConfig, steps: int, step: int) -> float:
     return decay * min(rise, 1.0)
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, fused: bool | None = None) -> torch.optim.Optimizer:
     if optim.kind == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
 def build_engine(model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, engine: EngineConfig,
-                 world: World, micro_batch: int) -> Engine:
-    """The engine a configuration asks for. `micro_batch` (images) is only what DeepSpeed's books show."""
-    optimizer = build_optimizer(groups, optim)
+                 world: World, micro_batch: int, skip_bad: bool = False) -> Engine:
+    """The engine a configuration asks for. `micro_batch` (images) is only what DeepSpeed's books show; with `skip_bad` a step
+    whose gradient is not finite changes nothing, on any worker."""
+    # AdamW's fused form leaves a step out on the device, so that the host need not wait to know.
+    fused = True if skip_bad and engine.kind == "torch" and world.device.type == "cuda" else None
+    optimizer = build_optimizer(groups, optim, fused)
     kind = DeepSpeedEngine if engine.kind == "deepspeed" else Engine
-    return kind(model, optimizer, optim, engine, world, micro_batch)
+    return kind(model, optimizer, optim, engine, world, micro_batch, skip_bad)
 
 
 class Engine:
     """Plain torch: DistributedDataParallel over the workers, the optimiser as it is."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, optim: OptimConfig, engine: EngineConfig,
-                 world: World, micro_batch: int) -> None:
-        self.model, self.clipping, self.world = model, optim.gradient_clipping, world
+                 world: World, micro_batch: int, skip_bad: bool = False) -> None:
+        self.model, self.clipping, self.world, self.skip_bad = model, optim.gradient_clipping, world, skip_bad
+        self.skipped: Tensor | None = None
+        """1 when the last step was left out because its gradient was not finite, else 0; None when nobody looked."""
         self.optimizer: Any = optimizer
         self.autocast_dtype = torch.bfloat16 if engine.precision == "bf16" else None
         self.forward: Callable[..., Any] = model
@@ -118,8 +123,21 @@ class Engine:
         norm: Tensor | float = float("nan")
         if self.clipping > 0:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping)
-        self.optimizer.step()
+        if self.skip_bad:
+            norm = self._look(norm)
+        if self.skipped is not None and self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = self.skipped
+            self.optimizer.step()
+        elif self.skipped is None or not self.skipped.item():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _look(self, norm: Tensor | float = float("nan")) -> Tensor:
+        """Set `skipped`, for all workers alike; the norm of the gradient, computed if it is not given."""
+        if not isinstance(norm, Tensor):
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.skipped = self.world.sum((~torch.isfinite(norm)).float()).clamp_(max=1)
         return norm
 
     def average_buffers(self, module: nn.Module) -> None:
@@ -145,8 +163,9 @@ class Engine:
         for name, p in self.model.named_parameters():
             if name in state:
                 # AdamW keeps its step counter on the CPU unless it is fused; averages lie in memory as their weight does.
-                self.optimizer.state[p] = {key: value.clone() if value.ndim == 0 else torch.empty_like(p).copy_(value)
-                                           for key, value in state[name].items()}
+                steps = p.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+                self.optimizer.state[p] = {key: value.to(steps, copy=True) if value.ndim == 0 else
+                                           torch.empty_like(p).copy_(value) for key, value in state[name].items()}
 
 
 class DeepSpeedEngine(Engine):
@@ -172,6 +191,8 @@ class DeepSpeedEngine(Engine):
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=settings, dist_init_required=not dist.is_initialized())
         self.forward = self.deepspeed
+        if self.skip_bad and self.stage > 0:
+            self.optimizer.check_grad_overflow = True  # ZeRO looks at the shards itself, and tells all workers
 
     def run_part(self, part: Callable[[], Tensor], scale: float, last: bool) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
@@ -180,7 +201,15 @@ class DeepSpeedEngine(Engine):
         return loss.detach()
 
     def step(self) -> Tensor | float:
+        if self.skip_bad and self.stage == 0:
+            total = self._look()
+            assert self.skipped is not None
+            if self.skipped.item():
+                self.deepspeed.zero_grad()
+                return total
         self.deepspeed.step()
+        if self.stage > 0:  # it leaves such steps out by itself, asked or not
+            self.skipped = torch.full((), float(self.optimizer.overflow), device=self.world.device)
         norm = self.deepspeed.get_global_grad_norm() if self.stage > 0 else None
         return float("nan") if norm is None else norm
 

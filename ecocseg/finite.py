@@ -32,20 +32,21 @@ def check_snapshot(snapshot: Snapshot, newest: int | None) -> None:
             learned = name in snapshot.optimizer or what.startswith("optimiser")
             bad = ~torch.isfinite(value) if learned else torch.isnan(value)
             if value.is_floating_point() and bad.any():
-                raise FloatingPointError(f"{what} '{name}' is not finite at step {snapshot.step}, which is not saved; {REMEDY}; "
-                                         f"{from_before(newest)}")
+                raise FloatingPointError(f"{what} '{name}' is not finite at step {snapshot.step}, which is not saved; "
+                                         f"{REMEDY}; {from_before(newest)}")
 
 
-def mean_of_finite(values: Tensor) -> Tensor:
-    """The mean of the values that are finite; NaN when none is."""
+def total(values: Tensor, only_finite: bool) -> Tensor:
+    """Sum and number of the values, or of those that are finite: what a mean over all workers is made of."""
+    if not only_finite:
+        return torch.stack([values.sum(), values.new_full((), len(values))])
     finite = torch.isfinite(values)
-    return torch.where(finite, values, 0).sum() / finite.sum()
+    return torch.stack([torch.where(finite, values, 0).sum(), finite.sum()])
 
 
-def first_bad(losses: Sequence[Tensor]) -> int:
-    """Index of the first loss that is not finite; the last one's when all are."""
-    finite = torch.isfinite(torch.stack(list(losses))).tolist()
-    return finite.index(False) if False in finite else len(losses) - 1
+def first_bad(losses: Tensor) -> int:
+    """Index of the first loss that is not finite, of which there is one."""
+    return torch.isfinite(losses).tolist().index(False)
 
 
 class Buffers:

@@ -31,8 +31,9 @@ from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
+from ecocseg.rank_times import RankTimes, slowest
 from ecocseg.saving import Saver
-from ecocseg.storage import is_remote, join
+from ecocseg.storage import is_remote, join, needing_room
 from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker, read_metrics
 from ecocseg.volumes import volume_names
@@ -89,6 +90,9 @@ class Session:
         self.step = 0
         self.asked: str = ""
         self.history: deque[dict[str, Tensor]] = deque()
+        self.skipped: list[Tensor] = []
+        self.skip_count = finite.SkipCount(config.train.max_skipped)
+        self.rank_times = RankTimes(world.device)
         self.damage_counts: dict[str, float] = {}
         self._build()
 
@@ -132,8 +136,10 @@ class Session:
             model.compile()
             if self.teacher is not None:
                 self.teacher.module.compile()
+        skip = config.train.on_nan == "skip"
+        self.buffers = finite.Buffers(model, None if self.teacher is None else self.teacher.module) if skip else None
         self.engine = build_engine(model, groups, optim, config.engine, world,
-                                   config.train.labeled_batch // (world.size * self.micro_batches))
+                                   config.train.labeled_batch // (world.size * self.micro_batches), skip)
 
     def start(self, tracker: TrackerFactory | None) -> None:
         """Go on from the newest whole checkpoint, if there is one, and open the streams at its step."""
@@ -205,7 +211,11 @@ class Session:
         torch.manual_seed(random_generator(seed, step, self.world.rank, 7).initial_seed())  # dropout, stochastic depth
         if self.teacher is not None and step > 0:
             self.teacher.update(self.model)
+        if self.buffers is not None:
+            self.buffers.keep()
+        asked = time.perf_counter()
         taken = {name: [batch.to(self.world.device) for batch in next(stream)] for name, stream in batches.items()}
+        self.rank_times.add(time.perf_counter() - asked)
         steps = [StepInput(step, seed, one, taken["unlabeled"][number] if "unlabeled" in taken else None, self.engine,
                            self.teacher, self.engine.autocast, model=self.model,
                            partner=taken["partner"][number] if "partner" in taken else None,
@@ -216,16 +226,22 @@ class Session:
         draw = self.config.train.panels_every > 0 and (step + 1) % self.config.train.panels_every == 0
         if draw and self.world.rank == 0:
             steps[0].pictures = {}
+        self.rank_times.begin()
         for number, given in enumerate(steps):
             self.model.begin_step(random_generator(seed, step, 8))  # for all workers and micro-batches the same
             parts = self.method.parts(given)
             for index, part in enumerate(parts):
                 last = number == len(steps) - 1 and index == len(parts) - 1
-                self.engine.run_part(part, 1 / len(steps), last)
+                self.engine.run_part(self.rank_times.ending(part) if last else part, 1 / len(steps), last)
             self.history.append(given.metrics)
             if given.pictures and self.tracker is not None:
-                self.tracker.image(step + 1, "training", training_picture(given.pictures, self.coding, self.classes))
+                with needing_room(str(self.tracker.directory)):
+                    self.tracker.image(step + 1, "training", training_picture(given.pictures, self.coding, self.classes))
         norm = self.engine.step()
+        if self.engine.skipped is not None:
+            self.skipped.append(self.engine.skipped)
+            if self.buffers is not None:
+                self.buffers.put_back(self.engine.skipped)
         self.history[-1]["gradient_norm"] = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32)
 
     def _set_divisors(self, steps: list[StepInput]) -> None:
@@ -246,15 +262,15 @@ class Session:
 
     def _log(self, clock: Clock) -> str:
         """Reduce the metrics of the interval over workers; the only host sync of the interval. Returns what is asked."""
-        names = sorted({name for metrics in self.history for name in metrics})
-        means = torch.stack([torch.stack([m[name].float() for m in self.history if name in m]).mean() for name in names])
-        means = self.world.sum(means) / self.world.size
-        scalars = dict(zip(names, means.tolist(), strict=True))  # .tolist() is the sync point
+        skip, names = self.config.train.on_nan == "skip", sorted({name for metrics in self.history for name in metrics})
+        totals = [finite.total(torch.stack([m[name].float() for m in self.history if name in m]), skip) for name in names]
+        own = torch.zeros(self.world.size, device=self.world.device)
+        own[self.world.rank] = self.rank_times.take()
+        sums = self.world.sum(torch.cat([*totals, own])).tolist()  # .tolist() is the sync point
+        scalars = {name: sums[2 * i] / sums[2 * i + 1] if sums[2 * i + 1] else math.nan for i, name in enumerate(names)}
+        scalars |= slowest(sums[2 * len(names):]) if self.world.size > 1 else {}
+        self._check_finite(scalars)
         self.history.clear()
-        loss = sum(value for name, value in scalars.items() if name.startswith("loss/"))
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower optim.lr or set optim.gradient_clipping; "
-                                     "the last checkpoint is from before")
         self._note_damage()
         scalars.update(clock.read(self.step), **self.saving_times, lr=self.config.optim.lr * self.config.lr_factor * schedule(
             self.config.optim, self.config.train.steps, self.step - 1))
@@ -269,6 +285,28 @@ class Session:
         self.asked = ""
         noticed = "" if self.notice is None else self.notice()
         return ASKS[max(round(asked), ASKS.index(noticed))]
+
+    def _check_finite(self, scalars: dict[str, float]) -> None:
+        """Count the steps of the interval that were left out, or end the run as `train.on_nan` says."""
+        left_out = torch.stack(self.skipped).tolist() if self.skipped else []
+        self.skipped.clear()
+        loss = sum(value for name, value in scalars.items() if name.startswith("loss/"))
+        if self.config.train.on_nan == "skip":
+            count = self.skip_count.update(left_out, self.step, self.saver.newest)
+            scalars["skipped_steps"] = float(count)
+            if count and self.world.rank == 0:
+                self._say(f"{count} of {len(left_out)} steps up to step {self.step} left out: their gradient was not finite")
+            if count:
+                return
+        if math.isfinite(loss) and not any(left_out):
+            return
+        each = torch.stack([torch.stack([value.float() for name, value in metrics.items() if name.startswith("loss/")]).sum()
+                            for metrics in self.history])
+        since = self.step - len(each) // self.micro_batches + 1
+        bad = since + finite.first_bad(self.world.sum(each)) // self.micro_batches if not math.isfinite(loss) else (
+            since + left_out.index(1))
+        raise FloatingPointError(f"the {'gradient' if math.isfinite(loss) else 'loss'} was not finite at step {bad} (of steps "
+                                 f"{since} to {self.step}); {finite.REMEDY}; {finite.from_before(self.saver.newest)}")
 
     def _note_damage(self) -> None:
         """List the damaged rows of each stream in the run's folder; too many of them, over all workers, end the run."""
@@ -290,7 +328,8 @@ class Session:
         """Write scalars to the run's files and tell the watcher, who may ask for something."""
         if self.tracker is None:
             self._progress({"step": self.step, "total": self.config.train.steps, **scalars})
-        else:
+            return
+        with needing_room(str(self.tracker.directory)):
             self.tracker.log(self.step, scalars)
 
     def _progress(self, record: dict[str, Any]) -> None:

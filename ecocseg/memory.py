@@ -47,7 +47,8 @@ class Estimate:
     def describe(self) -> str:
         return (f"about {self.total / GB:.1f} GB per worker: weights and teacher {self.weights / GB:.1f}, gradients "
                 f"{self.gradients / GB:.1f}, optimiser {self.optimizer / GB:.1f}, activations of {self.images} image(s) "
-                f"{self.activations / GB:.1f}; a checkpoint takes {self.snapshot / GB:.1f} GB of host memory while it is written")
+                f"{self.activations / GB:.1f}; a checkpoint takes {self.snapshot / GB:.1f} GB of host memory "
+                "while it is written")
 
 
 def saved_bytes(model: nn.Module, images: int, size: tuple[int, int], channels: int = 3) -> int:

@@ -6,6 +6,7 @@ Credentials come from the environment or the usual AWS files and are never read,
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -56,7 +57,7 @@ class Storage:
     region: str | None = None
     path_style: bool | None = None
     anonymous: bool = False
-    retries: int = 8
+    retries: int = 10
     timeout: float = 20.0
     deadline: float = 120.0
 
@@ -288,6 +289,20 @@ def _new_file(url: str, path: str) -> Iterator[BinaryIO]:
                 os.unlink(temporary)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def needing_room(path: str) -> Iterator[None]:
+    """Make a full disk an InputError that names the path and the remedy, and nothing else: trying again mends no disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(f"cannot write {path}: {reason(error)}") from None
+
+
 @contextlib.contextmanager
 def _writing(url: str) -> Iterator[None]:
     try:
@@ -309,6 +324,8 @@ def _reading(url: str) -> Iterator[None]:
 def reason(error: Exception) -> str:
     """What went wrong with a file, and what to do."""
     text = str(error)
+    if getattr(error, "errno", None) in NO_ROOM:
+        return f"{getattr(error, 'strerror', text)}; free some space there, or give another place, then go on with --resume"
     if isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError)):
         return f"{error.strerror or text}; give another place, or mend this one"
     return getattr(error, "strerror", None) or (text.splitlines() or [type(error).__name__])[0]

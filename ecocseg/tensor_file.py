@@ -28,7 +28,7 @@ class TensorFile:
             start, end = end, end + tensor.nbytes
             header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
             if tensor.nbytes:
-                self._parts.append(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+                self._parts.append(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._parts.insert(0, memoryview(len(text).to_bytes(8, "little") + text))

@@ -38,6 +38,8 @@ class FaultyS3(ThreadingHTTPServer):
         """Reset every connection, as if there were no server."""
         self.spoil_after: int | None = None
         """Number of requests after which that begins by itself."""
+        self.refuse_writes = 0.0
+        """Number of writes that are refused (503) from now on."""
         self.closed = threading.Event()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
@@ -58,13 +60,16 @@ class FaultyS3(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients go away; that is what this is for."""
 
-    def draw(self) -> tuple[str | None, float]:
+    def draw(self, writes: bool) -> tuple[str | None, float]:
         """The fault of the next request, if any, and a number in [0, 1) to choose its variant by."""
         with self._lock:
             self.requests += 1
             spoil, kind, variant = self._random.random() < self.share, self._random.choice(self.kinds), self._random.random()
             if self.away or (self.spoil_after is not None and self.requests > self.spoil_after):
                 spoil, kind, variant = True, "reset", 0.0
+            if writes and self.refuse_writes > 0:
+                self.refuse_writes -= 1
+                spoil, kind = True, "slow_down"
             if spoil:
                 self.faults[kind] += 1
         return (kind if spoil else None), variant
@@ -80,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault, variant = self.server.draw()
+        fault, variant = self.server.draw(self.command in ("PUT", "POST", "DELETE"))
         if fault == "slow_down":
             self._answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
         elif fault == "reset" and variant < 2 / 3:

@@ -75,6 +75,25 @@ def train(engine_config: EngineConfig, world: World, steps: int, start: Any = No
             "step": steps}
 
 
+def train_past_a_bad_step(engine_config: EngineConfig, world: World, bad: int | None) -> dict[str, Any]:
+    """Three steps, of which the one at `bad` has a gradient on the last worker that is not a number; None: without it."""
+    model = make_model()
+    engine = build_engine(model, [{"params": list(model.parameters())}], OPTIM, engine_config, world, 4 // world.size, True)
+    share, skipped = 4 // world.size, []
+    for number, (first, second) in enumerate(make_batches(3)):
+        if number == 1 and bad is None:
+            continue
+        mine = slice(world.rank * share, (world.rank + 1) * share)
+        spoil = float("nan") if number == bad and world.rank == world.size - 1 else 1.0
+        parts = losses(engine, first[mine], second[mine])
+        engine.run_part(parts[0], 1.0, last=False)
+        engine.run_part(lambda part=parts[1], spoil=spoil: part() * spoil, 1.0, last=True)
+        engine.step()
+        assert engine.skipped is not None
+        skipped.append(float(engine.skipped))
+    return {"model": copy.deepcopy(model.state_dict()), "optimizer": engine.optimizer_state(), "skipped": skipped}
+
+
 def worker(rank: int, size: int, starts: dict[str, Any], path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}.init", rank=rank, world_size=size)
@@ -85,7 +104,9 @@ def worker(rank: int, size: int, starts: dict[str, Any], path: str) -> None:
             continue
         half = train(engine_config, world, 2)
         results[name] = {"whole": train(engine_config, world, 4), "half": half,
-                         "again": train(engine_config, world, 4, start=half)}
+                         "again": train(engine_config, world, 4, start=half),
+                         "past": train_past_a_bad_step(engine_config, world, 1),
+                         "without": train_past_a_bad_step(engine_config, world, None)}
     if rank == 0:
         torch.save(results, path)
     dist.barrier()
@@ -135,6 +156,15 @@ def test_saved_state_goes_on_bit_for_bit_on_two_workers_and_closely_on_one(
     for key, state in whole["optimizer"].items():
         for entry, value in state.items():
             assert torch.equal(again["optimizer"][key][entry], value), (key, entry)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_step_that_is_bad_on_one_worker_is_left_out_on_all(name: str, two_workers: dict[str, Any]) -> None:
+    past, without = two_workers[name]["past"], two_workers[name]["without"]
+    assert past["skipped"] == [0, 1, 0] and without["skipped"] == [0, 0]
+    assert all(torch.equal(past["model"][key], value) for key, value in without["model"].items())
+    for key, state in without["optimizer"].items():
+        assert all(torch.equal(past["optimizer"][key][entry], value) for entry, value in state.items()), key
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:

@@ -33,6 +33,7 @@ ITEM_USES = 1024  # rows an item may serve, counting repetitions; small sets rep
 EXECUTION_ITEMS = (4, 16, 64, 256)  # most items of the first, second, third and every further Ray Data execution
 STORE_ROOM, MIN_STORE_BYTES = 4, 256 << 20  # object store memory an execution may take, times its estimate and at least
 READ_TASKS = 2  # reads under way at once, per stream
+MOST_LOSSES = 3  # times in a row that reading is begun again after its actor, or what it had read, was lost
 
 
 @dataclass(eq=False)
@@ -211,9 +212,10 @@ class RaySource:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._ingest: Any = ray.remote(Ingest).options(
-            num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(read, read_cpus)
-        self._items, self._limit = items, limit_bytes
+        self._actor: Any = ray.remote(Ingest).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+        self._arguments = read, read_cpus
+        self._ingest: Any = self._actor.remote(*self._arguments)
+        self._items, self._limit, self._losses = items, limit_bytes, 0
         self._sizes = iter(EXECUTION_ITEMS)
         self._closed = threading.Event()
         self._executions: deque[tuple[list[Item], Any]] = deque()
@@ -226,32 +228,60 @@ class RaySource:
         while len(items) < count and (not items or num_bytes < self._limit // 2):
             items.append(next(self._items))
             num_bytes += items[-1].num_bytes
+        self._execute(items)
+
+    def _execute(self, items: list[Item]) -> None:
         call = self._ingest.execute.options(num_returns="streaming")
+        num_bytes = sum(item.num_bytes for item in items)
         self._executions.append((items, call.remote([item.request for item in items], num_bytes)))
 
     def _iterate(self) -> Iterator[tuple[Item, Future]]:
         self._start()
         while True:
-            items, blocks = self._executions[0]
+            items = self._executions[0][0]
             for count, item in enumerate(items):
                 if count == len(items) // 2:
                     self._start()
                 result: Future = Future()
-                result.set_result(self._table(blocks))
+                result.set_result(self._table(items[count:]))
                 yield item, result
             self._executions.popleft()
 
-    def _table(self, blocks: Any) -> pa.Table:
-        """The next table of an execution, mapped from the object store."""
+    def _table(self, items: list[Item]) -> pa.Table:
+        """The table of the first of the items that are left of an execution, mapped from the object store."""
         import ray
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-        while not ray.wait([blocks], timeout=0.2)[0]:
-            if self._closed.is_set():
-                raise RuntimeError("stream closed")
-        table = ray.get(next(blocks))
+        while True:
+            blocks = self._executions[0][1]
+            try:
+                while not ray.wait([blocks], timeout=0.2)[0]:
+                    if self._closed.is_set():
+                        raise RuntimeError("stream closed")
+                table = ray.get(next(blocks))
+                break
+            except (RayActorError, ObjectLostError, RayTaskError) as error:
+                lost = isinstance(error, RayActorError | ObjectLostError) or isinstance(
+                    error.cause, RayActorError | ObjectLostError)
+                self._losses += 1
+                if not lost or self._losses > MOST_LOSSES or self._closed.is_set():
+                    raise
+                self._begin_again(items)
+        self._losses = 0
         if "input_error" in table.column_names:
             raise InputError(table.column("input_error")[0].as_py())
         return table
+
+    def _begin_again(self, items: list[Item]) -> None:
+        """Another actor for what has not been read of the executions under way: their items say all that it needs."""
+        import ray
+
+        ray.kill(self._ingest)
+        self._ingest = self._actor.remote(*self._arguments)
+        left = [items, *(later for later, _ in list(self._executions)[1:])]
+        self._executions.clear()
+        for some in left:
+            self._execute(some)
 
     def __next__(self) -> tuple[Item, Future]:
         return next(self._tables)
