@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,8 +75,8 @@ class SkipCount:
     def __init__(self, most: int) -> None:
         self.most, self.in_a_row = most, 0
 
-    def update(self, skipped: Sequence[float], step: int, newest: int | None) -> int:
-        """Take in which of the steps up to `step` were left out; how many were.
+    def update(self, skipped: Sequence[float], step: int, newest: Callable[[], int | None]) -> int:
+        """Take in which of the steps up to `step` were left out; how many were. `newest` tells the newest checkpoint's step.
 
         Raises:
             FloatingPointError: when the last `most` were, or a longer run among them.
@@ -87,5 +87,5 @@ class SkipCount:
                 at = step - len(skipped) + number + 1
                 raise FloatingPointError(
                     f"the gradient was not finite {self.in_a_row} steps in a row, up to step {at} (train.max_skipped); lower "
-                    f"optim.lr or set optim.gradient_clipping; {from_before(newest)}")
+                    f"optim.lr or set optim.gradient_clipping; {from_before(newest())}")
         return sum(one > 0 for one in skipped)

@@ -193,7 +193,7 @@ class Session:
                 clock.skip()
             if last or asked or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
                 self._save(results if evaluated else {})
-                if last or stop:
+                if last or asked in ("restart", "stop"):
                     self._note_saved(wait=True)
                 clock.skip()
             if asked in ("restart", "stop") and not last:
@@ -292,7 +292,7 @@ class Session:
         self.skipped.clear()
         loss = sum(value for name, value in scalars.items() if name.startswith("loss/"))
         if self.config.train.on_nan == "skip":
-            count = self.skip_count.update(left_out, self.step, self.saver.newest)
+            count = self.skip_count.update(left_out, self.step, self._newest_saved)
             scalars["skipped_steps"] = float(count)
             if count and self.world.rank == 0:
                 self._say(f"{count} of {len(left_out)} steps up to step {self.step} left out: their gradient was not finite")
@@ -306,7 +306,11 @@ class Session:
         bad = since + finite.first_bad(self.world.sum(each)) // self.micro_batches if not math.isfinite(loss) else (
             since + left_out.index(1))
         raise FloatingPointError(f"the {'gradient' if math.isfinite(loss) else 'loss'} was not finite at step {bad} (of steps "
-                                 f"{since} to {self.step}); {finite.REMEDY}; {finite.from_before(self.saver.newest)}")
+                                 f"{since} to {self.step}); {finite.REMEDY}; {finite.from_before(self._newest_saved())}")
+
+    def _newest_saved(self) -> int | None:
+        """Step of the newest checkpoint, which rank 0 knows; a collective."""
+        return self.world.gather(self.saver.newest)[0]
 
     def _note_damage(self) -> None:
         """List the damaged rows of each stream in the run's folder; too many of them, over all workers, end the run."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_config
+import yaml
+from conftest import tiny_config, tiny_plain
 from faulty_s3 import FaultyS3
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load, save
@@ -39,7 +42,9 @@ from ecocseg.storage import Storage, join
 from ecocseg.tensor_file import TensorFile
 from ecocseg.tracking import parse_metrics
 
-SHORT = {"train__steps": 8, "train__checkpoint_every": 3, "train__panels_every": 0, "method__kind": "supervised"}
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {"train__steps": 8, "train__checkpoint_every": 3, "train__panels_every": 0, "method__kind": "supervised",
+         "data__eval": {}}
 """Checkpoints of steps 3, 6 and 8, of which the last two are kept."""
 
 
@@ -111,7 +116,7 @@ def held_back(monkeypatch: pytest.MonkeyPatch, step: int) -> threading.Event:
 
     def slow(self: Storage, url: str, data: Any) -> None:
         if url.endswith(f"step_{step:08d}/student.safetensors"):
-            assert go.wait(120), "training did not go on while its checkpoint was written"
+            assert go.wait(60), "training did not go on while its checkpoint was written"
         write(self, url, data)
 
     monkeypatch.setattr(Storage, "write_bytes", slow)
@@ -279,6 +284,51 @@ def test_a_bucket_that_refuses_writes_for_a_while_is_waited_out(
         run.train(refuse)
         assert faulty.faults["slow_down"] == 6 and faulty.refuse_writes == 0
         assert run.losses() == whole.losses() and run.saved() == [6, 8]
+
+
+@pytest.mark.slow
+def test_a_bucket_that_refuses_writes_for_30_seconds_is_waited_out(server: str, tiny: Path, whole: Run) -> None:
+    """The same in real time, with storage.* as it comes. Fails with storage.retries=0."""
+    with FaultyS3(server, share=0) as faulty:
+        run = Run(tiny, "s3://bucket/test/runs")
+        run.config = run.config.updated(storage={"endpoint": faulty.url})
+        over = threading.Timer(30, lambda: setattr(faulty, "refuse_writes", 0))
+
+        def refuse(message: dict[str, Any]) -> None:
+            if message.get("step") == 2:
+                faulty.refuse_writes = float("inf")
+                over.start()
+
+        began = time.monotonic()
+        run.train(refuse)
+        print(f"{faulty.faults['slow_down']} writes refused; the run took {time.monotonic() - began:.0f} s")
+        over.join()
+        assert faulty.faults["slow_down"] >= 5 and run.losses() == whole.losses() and run.saved() == [6, 8]
+
+
+@pytest.mark.slow
+def test_a_command_on_a_full_disk_ends_with_code_2_and_goes_on_when_there_is_room(tiny: Path, tmp_path: Path) -> None:
+    """A disk of 5 MB, of which a checkpoint takes 3.4. Fails when `InputError` is no end to retries in `worker_main`: the run
+    would fail three times more."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        plain = tiny_plain(tiny, disk, **SHORT | {"train__keep_checkpoints": 9})
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(plain))
+        command = [sys.executable, str(ROOT / "jobs/train_uda.py"), "--config", str(tmp_path / "c.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        print(done.stderr)
+        assert done.returncode == 2 and "No space left on device; free some space" in done.stderr, done
+        assert f"{disk}/run/checkpoints/step_" in done.stderr and "going on from" not in done.stdout
+        left = Checkpoints(str(disk / "run"), Storage()).complete()
+        assert left and len(left) == len(list((disk / "run/checkpoints").iterdir())) < 3
+        subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
+        done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0 and f"going on from step {int(left[-1][-8:])}" in done.stdout, done
+    finally:
+        subprocess.run(["umount", str(disk)])
 
 
 # Numbers that are not finite

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TWO_WORKERS = {"data__loader": "ray", "engine__kind": "deepspeed", "engine__zero_stage": 1, "engine__channels_last": True,
                "launch__workers": 2}
 
+FIFTH = "checkpoints/step_00000005/complete.json"
+
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "OMP_NUM_THREADS": "1"}
@@ -33,11 +35,12 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has logged a step."""
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], saved: str = "metrics.jsonl") -> None:
+    """Wait until a run has logged a step, and written a file."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
-        if run.joinpath("metrics.jsonl").exists() and len(run.joinpath("metrics.jsonl").read_text().splitlines()) >= step:
+        if run.joinpath("metrics.jsonl").exists() and len(run.joinpath("metrics.jsonl").read_text().splitlines()) >= step and (
+                run.joinpath(saved).exists()):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
@@ -84,7 +87,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dic
 def test_a_killed_worker_is_replaced_and_the_curve_goes_on_bit_for_bit(
         tiny: Path, tmp_path: Path, whole: dict[int, dict[str, Any]]) -> None:
     process = start(write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS)))
-    wait_for_step(tmp_path / "run", 6, process)
+    wait_for_step(tmp_path / "run", 6, process, FIFTH)
     workers = train_workers(process)
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
@@ -110,7 +113,7 @@ def test_one_worker_goes_on_from_two(tiny: Path, tmp_path: Path, whole: dict[int
     plain = tiny_plain(tiny, tmp_path, **TWO_WORKERS)
     config = write_config(tmp_path, plain)
     process = start(config)
-    wait_for_step(tmp_path / "run", 6, process)
+    wait_for_step(tmp_path / "run", 6, process, FIFTH)
     for worker in train_workers(process):
         worker.kill()
     process.kill()
