@@ -64,12 +64,12 @@ def build_codebook(config: CodingConfig, classes: ClassList) -> Codebook | None:
 
 def build_coding(config: CodingConfig, book: Codebook | None, num_classes: int) -> Coding:
     if book is None:
-        return OneHotCoding(num_classes, align_corners=config.align_corners)
+        return OneHotCoding(num_classes, align_corners=config.align_corners, kernels=config.kernels)
     return EcocCoding(book, reliability=config.reliability, distance_weight=config.distance_weight,
                       contrast_weight=config.contrast_weight, temperature=config.temperature,
                       bce_weight=config.bce_weight, contrast_negatives=config.contrast_negatives,
                       label_form=config.label_form, max_candidates=config.max_candidates,
-                      align_corners=config.align_corners)
+                      align_corners=config.align_corners, kernels=config.kernels)
 
 
 def build_model(config: ModelConfig, num_outputs: int, *, pretrained: bool = True, storage: Storage | None = None) -> Segmenter:
@@ -279,7 +279,9 @@ def load_for_inference(path: str, which: str = "student", storage: Storage | Non
     c = meta["classes"]
     classes = ClassList(c["name"], tuple(c["names"]), tuple(tuple(rgb) for rgb in c["palette"]), tuple(c["thing_ids"]))
     book = Codebook.from_dict(meta["codebook"]) if meta["codebook"] else None
-    coding = build_coding(config.coding, book, classes.num_classes)
+    # a run that insisted on a GPU is used on any machine
+    portable = config.coding.model_copy(update={"kernels": "auto"}) if config.coding.kernels == "triton" else config.coding
+    coding = build_coding(portable, book, classes.num_classes)
     model = build_model(config.model, coding.num_outputs, pretrained=False)
     model.load_state_dict(load(files[name]))
     model.eval()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ecocseg import bits as bit_words
+from ecocseg.kernels import Choice, dispatch, supported
 from ecocseg.losses import (
     EcocWeights,
     Upsample,
@@ -37,6 +38,8 @@ class Coding:
     num_classes: int
     num_outputs: int
     align_corners: bool = False
+    kernels: Choice = "auto"
+    """What computes pseudo-labels, losses and counts: Triton kernels where there is a GPU, torch, or Triton in any case."""
     weighting: Literal["image", "pixel"] = "pixel"
     """Which weight of pseudo-labels is published with FixMatch and UniMatch (the share of an image's confident
     pixels helps codewords and harms one-hot labels)."""
@@ -122,20 +125,35 @@ class Coding:
 
     def _weight(self, target: Target, average: str, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
         """Weight of each pixel over the divisor, 0 where ignored. Shape: [B, H, W]."""
-        known_BHW = target.labels != IGNORE
-        if normalizer is None:
-            if average not in ("all", "valid"):
-                raise ValueError(f'average is "all" or "valid", not {average!r}')
-            normalizer = known_BHW.numel() if average == "all" else known_BHW.sum().clamp_min(1)
-        return (target.weight.to(dtype) / normalizer).masked_fill_(~known_BHW, 0)
+        divisor = self._divisor(target, average, normalizer)
+        return (target.weight.to(dtype) / divisor).masked_fill_(target.labels == IGNORE, 0)
+
+    def _divisor(self, target: Target, average: str, normalizer: float | Tensor | None) -> float | Tensor:
+        """What the losses summed over pixels are divided by."""
+        if normalizer is not None:
+            return normalizer
+        if average not in ("all", "valid"):
+            raise ValueError(f'average is "all" or "valid", not {average!r}')
+        return target.labels.numel() if average == "all" else (target.labels != IGNORE).sum().clamp_min(1)
+
+    def uses_kernels(self, logits_BKhw: Tensor, size: tuple[int, int], align_corners: bool) -> bool:
+        """Triton kernels compute this case."""
+        return supported(self.kernels, logits_BKhw, size, self.num_classes, align_corners)
+
+    def counts(self, logits_BKhw: Tensor, labels_BHW: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+        """Evaluation by a kernel: confusion int64 [N, N] and calibration int64 [15, 3], see evaluate.py."""
+        return dispatch.counts(logits_BKhw, labels_BHW, self._kernel_tables(logits_BKhw.device), align_corners)
+
+    def _kernel_tables(self, device: torch.device) -> dispatch.Tables | None:
+        return None
 
 
 class OneHotCoding(Coding):
     """One output per class: softmax cross-entropy and argmax, the baseline."""
 
-    def __init__(self, num_classes: int, *, align_corners: bool = False) -> None:
+    def __init__(self, num_classes: int, *, align_corners: bool = False, kernels: Choice = "auto") -> None:
         self.num_classes = self.num_outputs = num_classes
-        self.align_corners = align_corners
+        self.align_corners, self.kernels = align_corners, kernels
 
     def scores(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW
@@ -154,6 +172,8 @@ class OneHotCoding(Coding):
 
     @torch.no_grad()
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
+        if self.uses_kernels(logits_BKhw, pixels := _pixels(logits_BKhw, size), self.align_corners):
+            return dispatch.one_hot_pseudo_label(logits_BKhw, pixels, self.align_corners)
         target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
         assert target.confidence is not None
         with torch.autocast(logits_BKhw.device.type, enabled=False):
@@ -167,6 +187,8 @@ class OneHotCoding(Coding):
 
     def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
              normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
+        if self.uses_kernels(logits_BKhw, _size(target.labels), self.align_corners):
+            return dispatch.cross_entropy(logits_BKhw, target, self._divisor(target, average, normalizer), self.align_corners)
         weight_BHW = self._weight(target, average, normalizer, compute_dtype(logits_BKhw))
         labels_BHW = target.labels.clamp_max(self.num_classes - 1)  # 255 has weight 0
 
@@ -208,6 +230,7 @@ class EcocCoding(Coding):
         label_form: Literal["hybrid", "code", "bit"] = "hybrid",
         max_candidates: int | None = None,
         align_corners: bool = False,
+        kernels: Choice = "auto",
     ) -> None:
         if contrast_negatives not in ("codewords", "target_and_negatives"):
             raise ValueError(f'contrast_negatives is "codewords" or "target_and_negatives", not {contrast_negatives!r}')
@@ -217,12 +240,13 @@ class EcocCoding(Coding):
         self.num_classes, self.num_outputs = (int(n) for n in codebook.matrix.shape)
         self.reliability, self.label_form, self.max_candidates = reliability, label_form, max_candidates
         self.loss_weights = EcocWeights(bce_weight, distance_weight, contrast_weight, temperature, contrast_negatives)
-        self.align_corners = align_corners
+        self.align_corners, self.kernels = align_corners, kernels
         self._codes_NK = torch.tensor(codebook.matrix, dtype=torch.bool)
         self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
+        self._tables_of_kernels: dict[torch.device, dispatch.Tables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}}  # tables belong to a device of this process
+        return {**self.__dict__, "_tables": {}, "_tables_of_kernels": {}}  # tables belong to a device of this process
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> _Tables:
         key = (device, dtype)
@@ -231,6 +255,11 @@ class EcocCoding(Coding):
             self._tables[key] = _Tables(codes_NK.to(dtype) * 2 - 1, (~codes_NK).to(dtype).sum(1)[:, None],
                                         bit_words.pack(codes_NK.t()))
         return self._tables[key]
+
+    def _kernel_tables(self, device: torch.device) -> dispatch.Tables:
+        if device not in self._tables_of_kernels:
+            self._tables_of_kernels[device] = dispatch.tables(self._codes_NK, device)
+        return self._tables_of_kernels[device]
 
     def probabilities(self, logits_BKHW: Tensor) -> Tensor:
         return logits_BKHW.to(compute_dtype(logits_BKHW)).sigmoid()
@@ -260,6 +289,10 @@ class EcocCoding(Coding):
 
     @torch.no_grad()
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
+        if self.uses_kernels(logits_BKhw, pixels := _pixels(logits_BKhw, size), self.align_corners):
+            return dispatch.ecoc_pseudo_label(
+                logits_BKhw, pixels, self._kernel_tables(logits_BKhw.device), reliability=self.reliability,
+                max_candidates=self.max_candidates, label_form=self.label_form, align_corners=self.align_corners)
         target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
         device = logits_BKhw.device
         shape = (len(logits_BKhw), bit_words.num_words(self.num_outputs), *upsample.size)
@@ -309,6 +342,9 @@ class EcocCoding(Coding):
              normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
         if target.bits is None:
             raise ValueError("this target has no bits; make it with this coding's encode or pseudo_label")
+        if self.uses_kernels(logits_BKhw, _size(target.labels), self.align_corners):
+            return dispatch.ecoc_loss(logits_BKhw, target, self._divisor(target, average, normalizer),
+                                      self._kernel_tables(logits_BKhw.device), self.loss_weights, self.align_corners)
         dtype = compute_dtype(logits_BKhw)
         signs_NK = self._on(logits_BKhw.device, dtype).signs_NK
         weight_BHW = self._weight(target, average, normalizer, dtype)
@@ -364,10 +400,16 @@ def _size(labels_BHW: Tensor) -> tuple[int, int]:
     return labels_BHW.shape[1], labels_BHW.shape[2]
 
 
+def _pixels(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None) -> tuple[int, int]:
+    """Height and width of the labels of these logits."""
+    height, width = logits_BKhw.shape[-2:] if size is None else size
+    return height, width
+
+
 def _empty_pseudo(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None,
                   align_corners: bool) -> tuple[Target, Upsample]:
     """A pseudo-label target to be filled in, and the resizing to its size."""
-    height, width = logits_BKhw.shape[-2:] if size is None else size
+    height, width = _pixels(logits_BKhw, size)
     upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), (height, width), align_corners, logits_BKhw)
     shape, device = (len(logits_BKhw), height, width), logits_BKhw.device
     target = Target(labels=torch.empty(shape, dtype=torch.int64, device=device),

@@ -155,6 +155,9 @@ class CodingConfig(Section):
     """Number of candidate classes bit mining looks at; null = all. The released code stops at 8."""
     align_corners: bool = False
     """Bilinear convention by which logits are resized to labels, in training and evaluation. UDA code false, UniMatch true."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes pseudo-labels and losses: auto = Triton kernels on CUDA devices and torch elsewhere, torch = torch alone,
+    triton = as auto, and an error where there is no CUDA device."""
 
 
 class MethodConfig(Section):

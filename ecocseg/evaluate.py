@@ -248,13 +248,19 @@ def confusion(pred_BHW: Tensor, labels_BHW: Tensor, num_classes: int) -> Tensor:
 
     Raises InputError for a label that is neither a class id nor 255.
     """
+    check_ids(labels_BHW, num_classes)
     labels = labels_BHW.reshape(-1).long()
     known = labels != IGNORE
     pairs = labels[known] * num_classes + pred_BHW.reshape(-1)[known].long()
-    if pairs.numel() and not 0 <= (worst := int(labels[known].max())) < num_classes:
+    return torch.bincount(pairs, minlength=num_classes * num_classes).view(num_classes, num_classes)
+
+
+def check_ids(labels_BHW: Tensor, num_classes: int) -> None:
+    """Raises InputError for a label that is neither a class id nor 255."""
+    worst = int(torch.where(labels_BHW == IGNORE, 0, labels_BHW).max()) if labels_BHW.numel() else 0
+    if worst >= num_classes:
         known_ids = f"{num_classes} classes (0 to {num_classes - 1}, 255 ignored)"
         raise InputError(f"a mask holds id {worst}, but there are {known_ids}; prepare the data with this class list")
-    return torch.bincount(pairs, minlength=num_classes * num_classes).view(num_classes, num_classes)
 
 
 def calibration_counts(probabilities_BKHW: Tensor, labels_BHW: Tensor, coding: Any) -> Tensor:
@@ -445,6 +451,11 @@ def evaluate(
             labels_BHW = labels_HW.to(device, non_blocking=True).long().unsqueeze(0)
             size = (labels_BHW.shape[-2], labels_BHW.shape[-1])
             for name, model in models.items():
+                fused = None if volume in place else fused_counts(model, coding, image_B3HW, labels_BHW, spec, autocast)
+                if fused is not None:
+                    for total, part in zip(counts[name], fused, strict=False):
+                        total.add_(part)
+                    continue
                 prediction = predict(model, coding, image_B3HW, spec, size, autocast)
                 pred_BHW = prediction.scores.argmax(dim=1)
                 counts[name][0].add_(confusion(pred_BHW, labels_BHW, num_classes))
@@ -455,6 +466,22 @@ def evaluate(
         for module, training in modes:
             module.training = training  # not .train(): that would also unfreeze children kept in eval mode
     return _collect(counts, spec, reduce)
+
+
+def fused_counts(model: nn.Module, coding: Any, image_B3HW: Tensor, labels_BHW: Tensor, spec: EvalSpec,
+                 autocast: torch.dtype | None) -> tuple[Tensor, Tensor] | None:
+    """Confusion and calibration from the model's own logits by one kernel, where one pass is resized once; else None."""
+    size = (labels_BHW.shape[-2], labels_BHW.shape[-1])
+    if spec.mode != "whole" or spec.flip or spec.scales != (1.0,) or _test_size(image_B3HW, spec) != size:
+        return None
+    like_BKHW = image_B3HW[:, :1].expand(-1, coding.num_outputs, -1, -1)  # known before a forward pass is spent
+    if not coding.uses_kernels(like_BKHW, size, spec.align_corners):
+        return None
+    check_ids(labels_BHW, coding.num_classes)
+    logits_BKhw = predict_logits(model, coding, image_B3HW, spec, autocast)
+    if not coding.uses_kernels(logits_BKhw, size, spec.align_corners):
+        return None
+    return coding.counts(logits_BKhw, labels_BHW, spec.align_corners)
 
 
 def _collect(

@@ -49,6 +49,10 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
     use_gpu = gpus > 0 if config.launch.gpu is None else config.launch.gpu
     if use_gpu and gpus < 1:
         raise InputError("launch.gpu: true, and the cluster has no GPU; use launch.gpu=null to train on CPUs")
+    if config.coding.kernels == "triton":
+        from ecocseg import kernels  # torch, which the controller does without
+
+        kernels.check("triton", "cuda" if use_gpu else "cpu")
     workers = fixed_workers(config) or (gpus if use_gpu else 1)
     if use_gpu and workers > gpus:
         raise InputError(f"launch.workers: {workers} workers need {workers} GPUs, the cluster has {gpus}; "

@@ -1,0 +1,148 @@
+"""What the kernels share: the pixels of a tile, upsampling as a product of matrices, class scores, packed bits.
+
+A tile of P = 64 pixels is the rows of every matrix here and outputs or classes are the columns, in pieces of 16, 32 or 64
+held in registers as a tuple, so that 40 bits take 48 columns and not 64. As in attention kernels, the result [P, 16] of one
+product is then the left operand of the next without going through shared memory. Products with codewords (+1 and -1, exact
+in bfloat16) split their other operand in three bfloat16 parts, which keep all 24 bits of a float32, and sum in float32 on
+tensor cores; interpolation uses tf32x3.
+
+Shapes: P pixels of a tile, C cells of its window, K outputs, N classes, A a piece of K, D a piece of N.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pixel_index(tile, H, W, tiles_x, TILE: tl.constexpr, FLAT: tl.constexpr, IDENTITY: tl.constexpr):
+    """Place of each pixel in its image, and whether there is such a pixel. Shapes: int32 [P], bool [P]."""
+    if IDENTITY:
+        index_P = tile * FLAT + tl.arange(0, FLAT)
+        return index_P, index_P < H * W
+    else:
+        p = tl.arange(0, TILE * TILE)
+        y_P = (tile // tiles_x) * TILE + p // TILE
+        x_P = (tile % tiles_x) * TILE + p % TILE
+        return y_P * W + x_P, (y_P < H) & (x_P < W)
+
+
+@triton.jit
+def axis_weights(lower, part, start, size, cell_C, source, offset_P):
+    """Weight of each cell of a window in each pixel along one axis, and the cells' places. Shapes: [P, C], int32 [C]."""
+    base = tl.load(lower + start)
+    place_P = tl.minimum(start + offset_P, size - 1)
+    low_P = tl.load(lower + place_P)
+    part_P = tl.load(part + place_P)
+    high_P = tl.minimum(low_P + 1, source - 1)
+    place_C = base + cell_C
+    weight_PC = tl.where(place_C[None, :] == low_P[:, None], 1.0 - part_P[:, None], 0.0)
+    weight_PC += tl.where(place_C[None, :] == high_P[:, None], part_P[:, None], 0.0)
+    return weight_PC, place_C
+
+
+@triton.jit
+def window_weights(tile, tiles_x, lower_y, part_y, lower_x, part_x, h, w, H, W, stride_y, stride_x,
+                   TILE: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr):
+    """Interpolation matrix of a tile; offset of each cell, and whether it is in the image. Shapes: [P, C], int64 [C], [C]."""
+    p = tl.arange(0, TILE * TILE)
+    c = tl.arange(0, CY * CX)
+    rows_PC, y_C = axis_weights(lower_y, part_y, (tile // tiles_x) * TILE, H, c // CX, h, p // TILE)
+    columns_PC, x_C = axis_weights(lower_x, part_x, (tile % tiles_x) * TILE, W, c % CX, w, p % TILE)
+    offset_C = y_C.to(tl.int64) * stride_y + x_C.to(tl.int64) * stride_x
+    return rows_PC * columns_PC, offset_C, (y_C < h) & (x_C < w)
+
+
+@triton.jit
+def upsampled(logits, weight_PC, offset_C, cell_C, index_P, inside_P, K, stride_k, stride_x,
+              IDENTITY: tl.constexpr, K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr):
+    """Logits of the tile's pixels, float32, 0 beyond the last output. Shape: a tuple of [P, A]."""
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        k_A = i * SIZE + tl.arange(0, SIZE)
+        offset_A = k_A.to(tl.int64) * stride_k
+        if IDENTITY:
+            at_PA = logits + index_P.to(tl.int64)[:, None] * stride_x + offset_A[None, :]
+            z_PA = tl.load(at_PA, mask=inside_P[:, None] & (k_A < K)[None, :], other=0.0).to(tl.float32)
+        else:
+            if K_FAST:  # channels_last: neighbours in memory are outputs of one cell
+                cells_CA = tl.load(logits + offset_C[:, None] + offset_A[None, :],
+                                   mask=cell_C[:, None] & (k_A < K)[None, :], other=0.0)
+            else:
+                cells_CA = tl.trans(tl.load(logits + offset_A[:, None] + offset_C[None, :],
+                                            mask=(k_A < K)[:, None] & cell_C[None, :], other=0.0))
+            z_PA = tl.dot(weight_PC, cells_CA.to(tl.float32), input_precision="tf32x3")
+        pieces = pieces + (z_PA,)
+    return pieces
+
+
+@triton.jit
+def sign_dot(left, signs, sum, OPERAND: tl.constexpr):
+    """sum + left @ signs, for signs of +1, -1 and 0: exact products of three parts of `left`, summed in float32. OPERAND is
+    bfloat16, or float32 for the interpreter, which has no product of bfloat16 matrices."""
+    high = left.to(tl.bfloat16)
+    rest = left - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    signs = signs.to(OPERAND)
+    sum = tl.dot(low.to(OPERAND), signs, sum, input_precision="ieee")
+    sum = tl.dot(middle.to(OPERAND), signs, sum, input_precision="ieee")
+    return tl.dot(high.to(OPERAND), signs, sum, input_precision="ieee")
+
+
+@triton.jit
+def with_codewords(pieces, signs, P: tl.constexpr, OPERAND: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr,
+                   CLASS_SIZE: tl.constexpr, CLASS_PIECES: tl.constexpr):
+    """Product of each pixel's outputs with each class's codeword of signs. Shape: a tuple of [P, D]."""
+    products = ()
+    for j in tl.static_range(CLASS_PIECES):
+        n_D = j * CLASS_SIZE + tl.arange(0, CLASS_SIZE)
+        sum_PD = tl.zeros([P, CLASS_SIZE], tl.float32)
+        for i in tl.static_range(PIECES):
+            k_A = i * SIZE + tl.arange(0, SIZE)
+            signs_AD = tl.load(signs + n_D[None, :] * (SIZE * PIECES) + k_A[:, None])
+            sum_PD = sign_dot(pieces[i], signs_AD, sum_PD, OPERAND)
+        products = products + (sum_PD,)
+    return products
+
+
+@triton.jit
+def first_best(scores, SIZE: tl.constexpr, PIECES: tl.constexpr):
+    """Largest score of each pixel and its place, the lowest among equals. Shapes: [P], int32 [P]."""
+    best_P, place_P = tl.max(scores[0], 1, return_indices=True, return_indices_tie_break_left=True)
+    for j in tl.static_range(1, PIECES):
+        other_P, at_P = tl.max(scores[j], 1, return_indices=True, return_indices_tie_break_left=True)
+        better_P = other_P > best_P
+        best_P = tl.where(better_P, other_P, best_P)
+        place_P = tl.where(better_P, at_P + j * SIZE, place_P)
+    return best_P, place_P
+
+
+@triton.jit
+def bits_of(first_P, second_P, piece: tl.constexpr, SIZE: tl.constexpr):
+    """Bits of a piece of the outputs, from words of 64. Shape: bool [P, A]."""
+    at_A = (piece * SIZE) % 64 + tl.arange(0, SIZE).to(tl.int64)
+    if piece * SIZE < 64:
+        return ((first_P[:, None] >> at_A[None, :]) & 1) != 0
+    else:
+        return ((second_P[:, None] >> at_A[None, :]) & 1) != 0
+
+
+@triton.jit
+def packed(bits_PA, piece: tl.constexpr, SIZE: tl.constexpr):
+    """Bits of a piece in their places of a word of 64. Shape: int64 [P]."""
+    at_A = (piece * SIZE) % 64 + tl.arange(0, SIZE).to(tl.int64)
+    return tl.sum(bits_PA.to(tl.int64) << at_A[None, :], 1)
+
+
+@triton.jit
+def popcount(words):
+    """Number of ones in each int64 word."""
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    words += words >> 8
+    words += words >> 16
+    words += words >> 32
+    return (words & 127).to(tl.int32)
