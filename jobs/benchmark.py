@@ -8,6 +8,7 @@ Examples:
   python jobs/benchmark.py ingest --s3                 images a second into a worker, beside other loaders
   python jobs/benchmark.py recipes                     estimates for `--list`, into ecocseg/recipes/expected.json
   python jobs/benchmark.py pool --images 118287 --repeats 5   memory and first batch of a large pool beside a small one
+  python jobs/benchmark.py kernels --stride 4          what operators move and compute at least; --device cuda: and take
   python jobs/benchmark.py label --images 32           images a second a pool is labelled with, beside the forward pass alone
 
 Memory is the peak above what the inputs take. Logits have label size unless --stride is given.
@@ -47,13 +48,13 @@ OPERATIONS = ("scores", "pseudo_label", "loss")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in its own process
-    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "label", "recipes"))
+    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "label", "kernels", "recipes"))
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to")
     parser.add_argument("--batch", type=int, default=2, help="images, default 2")
     parser.add_argument("--classes", type=int, default=19, help="default 19")
     parser.add_argument("--bits", type=int, default=40, help="default 40")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, default 512")
-    parser.add_argument("--stride", type=int, default=1, help="coding: stride of the logits, default 1")
+    parser.add_argument("--stride", type=int, default=1, help="coding, kernels: stride of the logits, default 1")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts; default 3")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, default as torch has them")
@@ -320,6 +321,10 @@ def main() -> int:
             import benchmark_label
 
             rows = benchmark_label.label_table(args)
+        elif args.what == "kernels":
+            import benchmark_kernels
+
+            rows = benchmark_kernels.kernel_table(args)
         else:
             print(f"B {args.batch}, N {args.classes}, K {args.bits}, {args.size} x {args.size}, {args.device}, "
                   f"{torch.get_num_threads()} threads")

@@ -6,13 +6,15 @@ is counted in the tile and added once to the table of all. Confidences are binne
 Shapes: P pixels of a tile, C cells of its window, K outputs, N classes, A a piece of K.
 """
 
+# Triton reads these functions by rules of its own
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from ecocseg.kernels.decode import class_scores, one_hot_summary, tile_logits
-from ecocseg.kernels.tile import bits_of, first_best
+from ecocseg.kernels.tile import SIZES, bits_of, first_best
 
 BINS = tl.constexpr(15)  # as in evaluate.py
 UNIT, UNITS_OF_BIN = tl.constexpr(15360), tl.constexpr(1024)
@@ -60,7 +62,7 @@ def put_bin(bins, bin, total):
     tl.store(at + 2, (total & 0xFFFFFFF).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ecoc_count_kernel(
         logits, lower_y, part_y, lower_x, part_x, signs, zeros, codes, labels, confusion, bins,
         h, w, H, W, tiles_x, K, N, stride_b, stride_k, stride_y, stride_x,
@@ -93,7 +95,7 @@ def ecoc_count_kernel(
         put_bin(bins, bin, tl.sum(tl.sum(total_PA, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def one_hot_count_kernel(
         logits, lower_y, part_y, lower_x, part_x, labels, confusion, bins, h, w, H, W, tiles_x, K, stride_b, stride_k,
         stride_y, stride_x, TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,

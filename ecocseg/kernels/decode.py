@@ -10,12 +10,15 @@ most never begin, the others take as many rounds as their least sure pixel.
 Shapes: P pixels of a tile, C cells of its window, K outputs, N classes, A a piece of K, D a piece of N.
 """
 
+# Triton reads these functions by rules of its own
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from ecocseg.kernels.tile import (
+    SIZES,
     bits_of,
     first_best,
     packed,
@@ -94,7 +97,7 @@ def mined(surplus, scores, place_P, open_P, mask0_P, mask1_P, codes, N, limit, W
     return mask0_P, mask1_P
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ecoc_pseudo_label_kernel(
         logits, lower_y, part_y, lower_x, part_x, signs, zeros, codes, labels, words, confidence, reliable, counts,
         h, w, H, W, tiles_x, K, N, stride_b, stride_k, stride_y, stride_x, threshold, limit,
@@ -181,7 +184,7 @@ def one_hot_summary(pieces, K, SIZE: tl.constexpr, PIECES: tl.constexpr):
     return best_P, tl.minimum(place_P, K - 1), sum_P
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def one_hot_pseudo_label_kernel(
         logits, lower_y, part_y, lower_x, part_x, labels, confidence, h, w, H, W, tiles_x, K, stride_b, stride_k, stride_y,
         stride_x, TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr, IDENTITY: tl.constexpr,

@@ -9,13 +9,15 @@ a quarter of the upsampled logits; at stride 1 nothing is.
 Shapes: P pixels of a tile, C cells of its window, K outputs, N classes, A a piece of K, D a piece of N.
 """
 
+# Triton reads these functions by rules of its own
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from ecocseg.kernels.decode import one_hot_summary, tile_logits
-from ecocseg.kernels.tile import bits_of, sign_dot, with_codewords
+from ecocseg.kernels.tile import SIZES, bits_of, sign_dot, with_codewords
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def put_gradient(gradient, grad_PA, weight_PC, index_P, inside_P, K, piece: tl.c
         tl.store(gradient + at_CA, window_CA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ecoc_loss_kernel(
         logits, lower_y, part_y, lower_x, part_x, signs, labels, words, weight, divisor, gradient, terms,
         h, w, H, W, tiles_x, K, N, stride_b, stride_k, stride_y, stride_x, label_b, label_y, label_x, word_b, word_w, word_y,
@@ -164,7 +166,7 @@ def contrast_of(pieces, signs, label_P, target_P, scale_P, slope_P, share_P, N, 
     return log_P, slope_P, radial_P, slopes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_kernel(
         logits, lower_y, part_y, lower_x, part_x, labels, weight, divisor, gradient, terms,
         h, w, H, W, tiles_x, K, stride_b, stride_k, stride_y, stride_x, label_b, label_y, label_x, weight_b, weight_y,
@@ -189,7 +191,7 @@ def cross_entropy_kernel(
     tl.store(terms + program, tl.sum((best_P + tl.log(sum_P) - its_P) * share_P, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gather_kernel(windows, gradient, lower_y, lower_x, first_y, count_y, first_x, count_x, h, w, tiles, tiles_x, K,
                   grad_b, grad_k, grad_y, grad_x, most_y, most_x, TILE: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
                   COLUMNS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):

@@ -22,6 +22,7 @@ from ecocseg.kernels.geometry import FLAT, TILE, axis, class_pieces, output_piec
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPERAND = tl.float32 if INTERPRETED else tl.bfloat16
 COSINE_EPS = 1e-3  # as in losses.py
+WINDOW_BYTES = 64 << 20  # of tiles' windows held at a time: losses of more images are made in several launches
 
 
 class Launch:
@@ -45,9 +46,9 @@ class Launch:
             "K_FAST": logits_BKhw.stride(1) == 1 and self.outputs > 1, "SIZE": piece, "PIECES": pieces,
             "num_warps": 4, "enable_fp_fusion": True}
 
-    @property
-    def source(self) -> tuple[Tensor, ...]:
-        return self.logits, self.rows.lower, self.rows.part, self.columns.lower, self.columns.part
+    def source(self, images: slice | None = None) -> tuple[Tensor, ...]:
+        logits = self.logits if images is None else self.logits[images]
+        return logits, self.rows.lower, self.rows.part, self.columns.lower, self.columns.part
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -58,29 +59,35 @@ class Launch:
         size, pieces = class_pieces(number)
         return self.options | {"CLASS_SIZE": size, "CLASS_PIECES": pieces, "OPERAND": OPERAND}
 
-    def gradient(self, wanted: bool) -> Tensor:
-        """Where the tiles of a loss write: the gradient itself at equal sizes, else their windows."""
-        if not wanted:
-            return self.logits.new_empty(0)
-        if self.identity:
-            return _like(self.logits)
-        padded = self.options["SIZE"] * self.options["PIECES"]
-        return self.logits.new_empty((self.batch, self.tiles, self.window[0] * self.window[1], padded), dtype=torch.float32)
+    def groups(self, with_windows: bool) -> list[slice]:
+        """Images that are taken together, so that their windows stay small."""
+        per_image = 4 * self.tiles * self.window[0] * self.window[1] * self.padded
+        number = max(1, WINDOW_BYTES // per_image) if with_windows else self.batch
+        return [slice(first, min(first + number, self.batch)) for first in range(0, self.batch, number)]
 
-    def gather(self, windows: Tensor, like: Tensor) -> Tensor:
-        """The gradient of the logits, in their layout, from what the tiles wrote."""
-        gradient_BKhw = _like(like)
-        if self.identity:
-            return windows if windows.stride() == gradient_BKhw.stride() else gradient_BKhw.copy_(windows)
+    @property
+    def padded(self) -> int:
+        return self.options["SIZE"] * self.options["PIECES"]
+
+    def windows(self, images: slice, gradient_BKhw: Tensor) -> Tensor:
+        """Where the tiles of these images write: the gradient itself at equal sizes."""
+        if self.identity or not gradient_BKhw.numel():
+            return gradient_BKhw
+        shape = (images.stop - images.start, self.tiles, self.window[0] * self.window[1], self.padded)
+        return gradient_BKhw.new_empty(shape, dtype=torch.float32)
+
+    def gather(self, windows: Tensor, gradient_BKhw: Tensor) -> None:
+        """Sum into the gradient what the tiles wrote."""
+        if self.identity or not gradient_BKhw.numel():
+            return
         height, width = self.logits.shape[2:]
         columns, size = 32, min(64, triton.next_power_of_2(self.outputs))
-        grid = (height * -(-width // columns), self.batch, -(-self.outputs // size))
+        grid = (height * -(-width // columns), len(windows), -(-self.outputs // size))
         _run(loss.gather_kernel, grid, self.device,
              windows, gradient_BKhw, self.rows.lower, self.columns.lower, self.rows.first, self.rows.count,
              self.columns.first, self.columns.count, height, width, self.tiles, self.columns.tiles, self.outputs,
              *gradient_BKhw.stride(), self.rows.most, self.columns.most, TILE=TILE, CY=self.window[0], CX=self.window[1],
-             COLUMNS=columns, SIZE=size, PADDED=windows.shape[-1], num_warps=4, enable_fp_fusion=True)
-        return gradient_BKhw
+             COLUMNS=columns, SIZE=size, PADDED=self.padded, num_warps=4, enable_fp_fusion=True)
 
 
 def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
@@ -110,7 +117,7 @@ def ecoc_pseudo_label(logits_BKhw: Tensor, height: int, width: int, signs_NK: Te
     labels, words, confidence, reliable, _ = _pseudo_outputs(logits_BKhw, height, width, len(words_XN))
     counts = torch.empty((launch.batch, launch.tiles, 2), dtype=torch.int32, device=launch.device)
     _run(decode.ecoc_pseudo_label_kernel, launch.grid, launch.device,
-         *launch.source, signs_NK, zeros_N, words_XN, labels, words, confidence, reliable, counts, *launch.sizes,
+         *launch.source(), signs_NK, zeros_N, words_XN, labels, words, confidence, reliable, counts, *launch.sizes,
          words_XN.shape[1], *launch.logits.stride(), threshold, limit, WORDS=len(words_XN), FORM=form,
          **launch.classes(words_XN.shape[1]))
     return labels, words, confidence, reliable, counts.sum((0, 1), dtype=torch.int64)
@@ -135,7 +142,7 @@ def one_hot_pseudo_label(logits_BKhw: Tensor, height: int, width: int, align_cor
     """Labels and confidence [B, H, W]."""
     launch = Launch(logits_BKhw, (height, width), align_corners)
     labels, _, confidence, *_ = _pseudo_outputs(logits_BKhw, height, width, 0)
-    _run(decode.one_hot_pseudo_label_kernel, launch.grid, launch.device, *launch.source, labels, confidence, *launch.sizes,
+    _run(decode.one_hot_pseudo_label_kernel, launch.grid, launch.device, *launch.source(), labels, confidence, *launch.sizes,
          *launch.logits.stride(), **launch.options)
     return labels, confidence
 
@@ -156,7 +163,7 @@ def ecoc_count(logits_BKhw: Tensor, labels_BHW: Tensor, signs_NK: Tensor, zeros_
     launch = Launch(logits_BKhw, (labels_BHW.shape[1], labels_BHW.shape[2]), align_corners)
     confusion, bins = _count_outputs(launch, words_XN.shape[1])
     _run(count.ecoc_count_kernel, launch.grid, launch.device,
-         *launch.source, signs_NK, zeros_N, words_XN, labels_BHW.contiguous(), confusion, bins, *launch.sizes,
+         *launch.source(), signs_NK, zeros_N, words_XN, labels_BHW.contiguous(), confusion, bins, *launch.sizes,
          words_XN.shape[1], *launch.logits.stride(), WORDS=len(words_XN), **launch.classes(words_XN.shape[1]))
     return confusion, bins.sum((0, 1), dtype=torch.int64)
 
@@ -166,7 +173,7 @@ def one_hot_count(logits_BKhw: Tensor, labels_BHW: Tensor, align_corners: bool) 
     """The same, with one value per pixel."""
     launch = Launch(logits_BKhw, (labels_BHW.shape[1], labels_BHW.shape[2]), align_corners)
     confusion, bins = _count_outputs(launch, launch.outputs)
-    _run(count.one_hot_count_kernel, launch.grid, launch.device, *launch.source, labels_BHW.contiguous(), confusion, bins,
+    _run(count.one_hot_count_kernel, launch.grid, launch.device, *launch.source(), labels_BHW.contiguous(), confusion, bins,
          *launch.sizes, *launch.logits.stride(), **launch.options)
     return confusion, bins.sum((0, 1), dtype=torch.int64)
 
@@ -198,14 +205,19 @@ def ecoc_loss(logits_BKhw: Tensor, signs_NK: Tensor, num_classes: int, labels_BH
     """Sums over pixels of loss, bce, distance and contrast [4], and the gradient of the first (empty if not wanted)."""
     launch = Launch(logits_BKhw, (labels_BHW.shape[1], labels_BHW.shape[2]), align_corners)
     terms = torch.empty((launch.batch, launch.tiles, 4), dtype=torch.float32, device=launch.device)
-    written = launch.gradient(with_gradient)
-    _run(loss.ecoc_loss_kernel, launch.grid, launch.device,
-         *launch.source, signs_NK, labels_BHW, words_BXHW, weight_BHW, divisor, written, terms, *launch.sizes,
-         num_classes, *launch.logits.stride(), *labels_BHW.stride(), *words_BXHW.stride(), *weight_BHW.stride(),
-         *_flat_stride(written), bce, distance, contrast, temperature, launch.outputs**0.5, COSINE_EPS,
-         WORDS=words_BXHW.shape[1], BCE=bce != 0, DISTANCE=distance != 0, CONTRAST=contrast != 0, STAND_IN=stand_in,
-         GRADIENT=with_gradient, **launch.classes(num_classes))
-    return terms.sum((0, 1)), launch.gather(written, logits_BKhw) if with_gradient else written
+    gradient_BKhw = _like(launch.logits) if with_gradient else logits_BKhw.new_empty(0)
+    options = launch.classes(num_classes) | {
+        "WORDS": words_BXHW.shape[1], "BCE": bce != 0, "DISTANCE": distance != 0, "CONTRAST": contrast != 0,
+        "STAND_IN": stand_in, "GRADIENT": with_gradient}
+    for images in launch.groups(with_gradient and not launch.identity):
+        written = launch.windows(images, gradient_BKhw)
+        _run(loss.ecoc_loss_kernel, (launch.tiles, images.stop - images.start), launch.device,
+             *launch.source(images), signs_NK, labels_BHW[images], words_BXHW[images], weight_BHW[images], divisor, written,
+             terms[images], *launch.sizes, num_classes, *launch.logits.stride(), *labels_BHW.stride(), *words_BXHW.stride(),
+             *weight_BHW.stride(), *_flat_stride(written), bce, distance, contrast, temperature, launch.outputs**0.5,
+             COSINE_EPS, **options)
+        launch.gather(written, gradient_BKhw[images])
+    return terms.sum((0, 1)), _as(gradient_BKhw, logits_BKhw)
 
 
 @custom_op("ecocseg::cross_entropy", mutates_args=())
@@ -214,11 +226,22 @@ def cross_entropy(logits_BKhw: Tensor, labels_BHW: Tensor, weight_BHW: Tensor, d
     """Sum over pixels of the softmax cross-entropy [1], and its gradient (empty if not wanted)."""
     launch = Launch(logits_BKhw, (labels_BHW.shape[1], labels_BHW.shape[2]), align_corners)
     terms = torch.empty((launch.batch, launch.tiles, 1), dtype=torch.float32, device=launch.device)
-    written = launch.gradient(with_gradient)
-    _run(loss.cross_entropy_kernel, launch.grid, launch.device,
-         *launch.source, labels_BHW, weight_BHW, divisor, written, terms, *launch.sizes, *launch.logits.stride(),
-         *labels_BHW.stride(), *weight_BHW.stride(), *_flat_stride(written), GRADIENT=with_gradient, **launch.options)
-    return terms.sum((0, 1)), launch.gather(written, logits_BKhw) if with_gradient else written
+    gradient_BKhw = _like(launch.logits) if with_gradient else logits_BKhw.new_empty(0)
+    for images in launch.groups(with_gradient and not launch.identity):
+        written = launch.windows(images, gradient_BKhw)
+        _run(loss.cross_entropy_kernel, (launch.tiles, images.stop - images.start), launch.device,
+             *launch.source(images), labels_BHW[images], weight_BHW[images], divisor, written, terms[images], *launch.sizes,
+             *launch.logits.stride(), *labels_BHW.stride(), *weight_BHW.stride(), *_flat_stride(written),
+             GRADIENT=with_gradient, **launch.options)
+        launch.gather(written, gradient_BKhw[images])
+    return terms.sum((0, 1)), _as(gradient_BKhw, logits_BKhw)
+
+
+def _as(gradient_BKhw: Tensor, logits_BKhw: Tensor) -> Tensor:
+    """The gradient in the layout that was promised; another only where the logits had to be copied."""
+    if not gradient_BKhw.numel() or gradient_BKhw.stride() == (promised := _like(logits_BKhw)).stride():
+        return gradient_BKhw
+    return promised.copy_(gradient_BKhw)
 
 
 def _flat_stride(written: Tensor) -> tuple[int, int, int]:

@@ -9,10 +9,15 @@ tensor cores; interpolation uses tf32x3.
 Shapes: P pixels of a tile, C cells of its window, K outputs, N classes, A a piece of K, D a piece of N.
 """
 
+# Triton reads these functions by rules of its own
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+SIZES = ["h", "w", "H", "W", "tiles", "tiles_x", "K", "N", "limit", "most_y", "most_x"]
+"""Numbers of which 1 is no case of its own: else Triton compiles anew for an image or window of one row."""
 
 
 @triton.jit
