@@ -72,7 +72,9 @@ class Board:
         self.errors.append(error)
 
     def attempt(self) -> dict[str, Any]:
-        """What was told since the last restart: nodes by rank, errors in order, the newest step, a failure for good."""
+        """What was told since the last restart: nodes by rank, errors in order, the newest step, a failure for good. What was
+        asked of those workers is not asked of the next."""
+        self.ask("")
         nodes, self.nodes = self.nodes, {}
         errors, self.errors = self.errors, []
         return {"nodes": nodes, "errors": errors, "step": self.step, "failure": self.failure}

@@ -233,4 +233,6 @@ def test_who_stops_a_run_waits_for_workers_alone() -> None:
     board.begin(0, "a")
     board.ask("save")
     assert [board.post({"kind": "progress", "step": step}) for step in (1, 2)] == ["save", ""]  # once is enough
+    board.ask("restart")
     assert board.attempt()["nodes"] == {0: "a"} and board.over()  # begun again, and not there yet
+    assert board.post({"kind": "progress", "step": 3}) == ""  # asked of the ones before
