@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ecocseg import checkpoint, cluster, loop
+from ecocseg import checkpoint, cluster, loop, scale
 from ecocseg.cluster import cluster_nodes, cluster_size, start_ray
 from ecocseg.config import RunConfig
 from ecocseg.engine import World
@@ -235,8 +235,6 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None,
     config, run_url = choose_run(with_absolute_paths(config), resume)
     preflight(config, run_url)
     if config.launch.wait:
-        from ecocseg import scale
-
         scale.wait_for_room(config, lambda text: display and display.update({"kind": "message", "text": text}))
     start_ray()
     resources = plan_on_nodes(config, cluster_nodes())

@@ -12,8 +12,10 @@ import os
 import time
 from collections.abc import Callable
 
+from ecocseg.cluster import start_ray
 from ecocseg.config import RunConfig
 from ecocseg.errors import InputError
+from ecocseg.resources import fixed_workers, ingest_cpus
 
 WORKER_CPUS = 4.0
 """CPUs asked for a worker where launch.cpus_per_worker does not say; a run that has room takes as many."""
@@ -34,8 +36,6 @@ def wait_for_room(config: RunConfig, tell: Callable[[str], None], runs: int = 1)
         return False  # this machine does not grow
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
-
-    from ecocseg.launch import start_ray
 
     start_ray()
     group = placement_group(bundles)
@@ -65,9 +65,6 @@ def wanted(config: RunConfig) -> list[dict[str, float]]:
     if launch.workers is None or launch.gpu is None:
         raise InputError("launch.wait: a cluster that grows must be told how far; give launch.workers, and launch.gpu=true or "
                          "launch.gpu=false")
-    workers = launch.workers if isinstance(launch.workers, int) else launch.workers[1]
+    workers = fixed_workers(config) or 1
     worker = {"CPU": launch.cpus_per_worker or WORKER_CPUS} | ({"GPU": 1.0} if launch.gpu else {})
-    data = config.data
-    reader = data.read_cpus + (data.decode_threads if data.decode == "ray" else 0)
-    ingest = max(1, math.ceil(workers * len(config.streams) * reader)) if data.loader == "ray" else 0
-    return [worker] * workers + [{"CPU": 1.0}] * ingest
+    return [worker] * workers + [{"CPU": 1.0}] * math.ceil(ingest_cpus(config, workers))

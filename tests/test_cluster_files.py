@@ -104,13 +104,12 @@ def test_recipes_fit(name: str, recipe: str, workers: int, machines: dict[str, i
     nodes = shapes(name)
     if not machines.keys() <= nodes.keys():
         pytest.skip("the file has no such nodes")
-    cpus, gpus = (sum(nodes[kind][i] * count for kind, count in machines.items()) for i in (0, 1))
+    there = [(float(nodes[kind][0]), nodes[kind][1]) for kind, count in machines.items() for _ in range(count)]
     for extra in ((), ("data.decode=ray", "data.decode_threads=2")):
         config = load(recipe, overrides=[f"launch.workers={workers}", "launch.gpu=true", *extra])
-        more = nodes["ingest"][0] if extra else 0
-        planned = launch.plan_resources(config, cpus + more, gpus)
-        assert planned.workers == workers and planned.cpus_per_worker >= 2
-        assert all(nodes[kind][0] >= planned.cpus_per_worker * max(1, nodes[kind][1]) for kind in machines)
+        readers = [(float(nodes["ingest"][0]), 0)] if extra else []
+        planned = launch.plan_on_nodes(config, [*there, *readers])
+        assert planned.workers == workers and planned.gpu and planned.cpus_per_worker == scale.WORKER_CPUS
 
 
 @pytest.mark.parametrize(("recipe", "workers", "machines"), PLACES)

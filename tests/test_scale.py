@@ -22,6 +22,7 @@ def config(*overrides: str) -> RunConfig:
 def test_what_is_asked_for() -> None:
     worker = {"CPU": 4.0, "GPU": 1.0}
     assert scale.wanted(config("launch.workers=2", "launch.gpu=true")) == [worker] * 2 + [{"CPU": 1.0}]
+    assert scale.wanted(config("launch.workers=[1,2]", "launch.gpu=true")).count(worker) == 2
     on_cpus = config("launch.workers=2", "launch.gpu=false", "launch.cpus_per_worker=3", "data.decode=ray",
                      "data.decode_threads=2")
     assert scale.wanted(on_cpus) == [{"CPU": 3.0}] * 2 + [{"CPU": 1.0}] * 9  # 2 workers x 2 streams x (2 + 1/4)
