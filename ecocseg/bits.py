@@ -6,30 +6,85 @@ L planes of 8 bits of an image of H W pixels.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 WORD = 64
-_PAIR_TABLE = 1 << 16  # entries of a table of all pairs of classes that is worth making for a strip
-_GROUP = 16  # bits summed as one float32 number: exact below 2^24
+_WORTH_LEAVING = 0.7  # share of open pixels below which the others are left out
+_GROUP = 24  # bits summed as one float32 number, exact below 2^24
 
 
 def num_words(num_bits: int) -> int:
     return (num_bits + WORD - 1) // WORD
 
 
+@functools.lru_cache(maxsize=32)
+def _powers(num_bits: int, device: torch.device) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Powers of two [G, K] that sum up groups of bits of one word, and the word and shift of each group."""
+    k = torch.arange(num_bits)
+    places = sorted({(n // WORD, n % WORD // _GROUP * _GROUP) for n in range(num_bits)})
+    group = torch.tensor([places.index((n // WORD, n % WORD // _GROUP * _GROUP)) for n in range(num_bits)])
+    powers_GK = torch.zeros(len(places), num_bits)
+    powers_GK[group, k] = 2.0 ** (k % WORD % _GROUP)
+    return powers_GK.to(device), tuple(places)
+
+
 def pack(bits_KP: Tensor) -> Tensor:
     """Bits [K, P] (bool or 0/1) as words int64 [X, P]; bit k is bit k % 64 of word k // 64, unused bits are 0."""
-    num_bits = len(bits_KP)
-    groups = WORD // _GROUP * num_words(num_bits)
-    powers_GK = torch.zeros(groups, num_bits, device=bits_KP.device)
-    k = torch.arange(num_bits, device=bits_KP.device)
-    powers_GK[k // _GROUP, k] = 2.0 ** (k % _GROUP)
+    powers_GK, places = _powers(len(bits_KP), bits_KP.device)
     with torch.autocast(bits_KP.device.type, enabled=False):
         parts_GP = (powers_GK @ bits_KP.float()).long()  # one product of small whole numbers, exact
-    shift_4 = torch.arange(0, WORD, _GROUP, device=bits_KP.device)[:, None]
-    return (parts_GP.view(-1, WORD // _GROUP, parts_GP.shape[1]) << shift_4).sum(1)
+    words_XP = parts_GP.new_zeros(num_words(len(bits_KP)), parts_GP.shape[1])
+    for part_P, (word, shift) in zip(parts_GP, places, strict=True):
+        words_XP[word] |= part_P << shift
+    return words_XP
+
+
+@functools.lru_cache(maxsize=64)
+def _countdown(start: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """start, start - 1, ..., last as a column."""
+    return torch.arange(start, last - 1, -1, dtype=dtype, device=device)[:, None]
+
+
+def _integers(dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """Whole numbers as wide as floats of a type, and their width."""
+    return (torch.int64, 64) if dtype == torch.float64 else (torch.int32, 32)
+
+
+def _bits_at_the_top(words_XP: Tensor, out_KP: Tensor) -> Tensor:
+    """Whole numbers whose sign bit is each bit of the words, in the memory of floats `out_KP`; other bits are any.
+    Shape: int32 or int64 [K, P]."""
+    dtype, width = _integers(out_KP.dtype)
+    out_KP = out_KP.view(dtype)
+    parts_P = words_XP.unbind() if width == WORD else [
+        part_P.contiguous() for word_P in words_XP for part_P in word_P.contiguous().view(-1, 1).view(dtype).unbind(1)]
+    for rows_KP, part_P in zip(out_KP.split(width), parts_P, strict=False):
+        shift_K1 = _countdown(width - 1, width - len(rows_KP), dtype, out_KP.device)
+        torch.bitwise_left_shift(part_P, shift_K1, out=rows_KP)
+    return out_KP
+
+
+def negative_signs(words_XP: Tensor, out_KP: Tensor) -> Tensor:
+    """Whole numbers with nothing but the sign bit, set where a bit is 0 (see `with_signs`). Shape: [K, P]."""
+    width = _integers(out_KP.dtype)[1]
+    return _bits_at_the_top(~words_XP, out_KP).bitwise_and_(-(1 << (width - 1)))
+
+
+def with_signs(values_KP: Tensor, negative_KP: Tensor, out_KP: Tensor) -> Tensor:
+    """Values times 1 or -1, by their sign bits. Shape: [K, P]."""
+    torch.bitwise_xor(values_KP.view(negative_KP.dtype), negative_KP, out=out_KP.view(negative_KP.dtype))
+    return out_KP
+
+
+def keep(values_KP: Tensor, words_XP: Tensor) -> Tensor:
+    """In place 0 where a bit is 0. Shape: [K, P]."""
+    width = _integers(values_KP.dtype)[1]
+    mask_KP = _bits_at_the_top(words_XP, torch.empty_like(values_KP)).bitwise_right_shift_(width - 1)
+    values_KP.view(mask_KP.dtype).bitwise_and_(mask_KP)
+    return values_KP
 
 
 def unpack(words_XP: Tensor, num_bits: int) -> Tensor:
@@ -64,14 +119,16 @@ def popcount(words: Tensor) -> Tensor:
     return (x * 0x0101010101010101) >> 56
 
 
-def first_argmax(scores_NP: Tensor) -> Tensor:
-    """Class of the largest score, the lowest id among equals, the last where scores are NaN. Shape: int64 [P].
+def first_argmax(scores_NP: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score and its class, the lowest id among equals, the last where scores are NaN. Shapes: [P], int64 [P].
 
     Several passes that vectorise: 4 to 10 times faster on CPU than argmax over the first axis.
     """
-    rank_N1 = torch.arange(len(scores_NP), 0, -1, dtype=torch.int16, device=scores_NP.device)[:, None]
-    first_P = len(scores_NP) - (scores_NP == scores_NP.amax(0)).mul(rank_N1).amax(0).long()
-    return first_P.clamp_max(len(scores_NP) - 1)  # NaN equals nothing, and must not point outside the tables
+    top_P = scores_NP.amax(0)
+    rank_N1 = _countdown(len(scores_NP), 1, scores_NP.dtype, scores_NP.device)
+    hit_NP = torch.eq(scores_NP, top_P, out=torch.empty_like(scores_NP))  # as floats: comparisons to bool do not vectorise
+    first_P = len(scores_NP) - hit_NP.mul_(rank_N1).amax(0).long()
+    return top_P, first_P.clamp_max(len(scores_NP) - 1)  # NaN equals nothing, and must not point outside the tables
 
 
 def all_ones(num_bits: int, device: torch.device) -> Tensor:
@@ -79,50 +136,38 @@ def all_ones(num_bits: int, device: torch.device) -> Tensor:
     return pack(torch.ones(num_bits, 1, device=device))
 
 
-def reliable_words(q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor, words_XN: Tensor,
-                   signs_NK: Tensor, threshold: float, max_candidates: int | None = None) -> Tensor:
+def reliable_words(surplus_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, settled_P: Tensor, words_XN: Tensor,
+                   max_candidates: int | None = None) -> Tensor:
     """Reliable bit mining: which bits of each pixel are taken from its class's codeword. Shape: packed, int64 [X, P].
 
     Classes join the candidates nearest first (ties: lowest id first); bits on which all candidates' codewords agree are
-    shared; a pixel is settled when its mean confidence q over the shared bits exceeds `threshold` (R = shared bits). R is
+    shared; a pixel is settled when its mean confidence q over the shared bits exceeds the threshold (R = shared bits). R is
     0 where none is left, which at the latest is so with all classes (a codebook has no constant column), and where
-    `max_candidates` classes did not settle the pixel (the authors' code: 8). `labels_P` are the nearest classes,
-    `confidence_P` the mean of q over all bits: with one candidate every bit is shared, so it settles most pixels at once.
+    `max_candidates` classes did not settle the pixel (the authors' code: 8). `labels_P` are the nearest classes; with one
+    candidate every bit is shared, so it settles most pixels at once: `settled_P`. Overwrites surplus and scores.
 
     What is kept of an open pixel is its surplus, q - threshold on shared bits and 0 elsewhere: its sum is above 0 where
     the mean exceeds the threshold, and once no bit of it is above 0, no later mean can exceed it.
     """
-    num_classes = len(scores_NP)
-    limit = num_classes if max_candidates is None else min(max_candidates, num_classes)
-    ones_X1 = all_ones(len(q_KP), q_KP.device)
-    found_XP = torch.where(confidence_P > threshold, ones_X1, 0)
-    pixel_U = ((confidence_P <= threshold) & (q_KP.amax(0) > threshold)).nonzero().squeeze(1)  # those still open
-    surplus_KU = q_KP.index_select(1, pixel_U).sub_(threshold)  # index_select: faster than q_KP[:, pixel_U]
-    scores_NU, nearest_U = scores_NP.index_select(1, pixel_U), labels_P[pixel_U]
-    first_U, shared_XU = nearest_U, ones_X1.expand(-1, len(pixel_U))
+    limit = len(scores_NP) if max_candidates is None else min(max_candidates, len(scores_NP))
+    ones_X1 = all_ones(len(surplus_KP), surplus_KP.device)
+    found_XP = torch.where(settled_P, ones_X1, 0)
+    pixel_U, closed_U = torch.arange(len(labels_P), device=labels_P.device), settled_P | (surplus_KP.amax(0) <= 0)
+    surplus_KU, scores_NU, nearest_U = surplus_KP, scores_NP, labels_P
+    first_XU, shared_XU = words_XN.index_select(1, nearest_U), ones_X1.expand(-1, len(pixel_U))
     for _ in range(2, limit + 1):
-        if len(pixel_U) == 0:
+        open_V = (~closed_U).nonzero().squeeze(1)
+        if len(open_V) == 0:
             break
-        scores_NU.scatter_(0, nearest_U[None], -torch.inf)  # candidates already in leave the queue
-        nearest_U = first_argmax(scores_NU)
-        shared_XU = shared_XU & ~(words_XN.index_select(1, nearest_U) ^ words_XN.index_select(1, first_U))
-        surplus_KU *= _agreement(signs_NK, first_U, nearest_U)
-        settled_U = surplus_KU.sum(0) > 0
-        found_XP[:, pixel_U] = torch.where(settled_U, shared_XU, 0)
-        open_U = (surplus_KU.amax(0) > 0).logical_and_(settled_U.logical_not_())
-        open_V = open_U.nonzero().squeeze(1)
-        if len(open_V) < len(pixel_U):
-            pixel_U, nearest_U, first_U = pixel_U[open_V], nearest_U[open_V], first_U[open_V]
+        if len(open_V) < _WORTH_LEAVING * len(pixel_U):  # picking out those still open costs as much as half a round
+            pixel_U, nearest_U, closed_U = pixel_U[open_V], nearest_U[open_V], closed_U[open_V]
             surplus_KU, scores_NU = surplus_KU.index_select(1, open_V), scores_NU.index_select(1, open_V)
-            shared_XU = shared_XU.index_select(1, open_V)
+            first_XU, shared_XU = first_XU.index_select(1, open_V), shared_XU.index_select(1, open_V)
+        scores_NU.scatter_(0, nearest_U[None], -torch.inf)  # candidates already in leave the queue
+        nearest_U = first_argmax(scores_NU)[1]
+        shared_XU = shared_XU & ~(words_XN.index_select(1, nearest_U) ^ first_XU)
+        settled_V = (keep(surplus_KU, shared_XU).sum(0) > 0).logical_and_(~closed_U).nonzero().squeeze(1)
+        found_XP[:, pixel_U[settled_V]] = shared_XU.index_select(1, settled_V)
+        closed_U |= surplus_KU.amax(0) <= 0
+        closed_U[settled_V] = True
     return found_XP
-
-
-def _agreement(signs_NK: Tensor, one_U: Tensor, other_U: Tensor) -> Tensor:
-    """1 where the codewords of two classes have the same bit, 0 elsewhere. Shape: [K, U]."""
-    num_classes, num_bits = signs_NK.shape
-    if num_classes**2 * num_bits <= _PAIR_TABLE:
-        table_KNN = (signs_NK.t()[:, :, None] * signs_NK.t()[:, None, :]).clamp_min_(0)
-        return table_KNN.flatten(1).index_select(1, one_U * num_classes + other_U)
-    signs_KN = signs_NK.t()
-    return signs_KN.index_select(1, one_U).mul_(signs_KN.index_select(1, other_U)).clamp_min_(0)

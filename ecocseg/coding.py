@@ -9,6 +9,7 @@ a strip of rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,15 +18,8 @@ from torch import Tensor
 
 from ecocseg import bits as bit_words
 from ecocseg.kernels import Choice, dispatch, supported
-from ecocseg.losses import (
-    EcocWeights,
-    Upsample,
-    compute_dtype,
-    cross_entropy_loss,
-    ecoc_loss,
-    row_strips,
-    stripwise_loss,
-)
+from ecocseg.losses import EcocWeights, StripLoss, StripTarget, cross_entropy_loss, ecoc_loss, stripwise_loss
+from ecocseg.resize import Scratch, Strips, Upsample, compute_dtype, row_strips, scratch
 from ecocseg.target import IGNORE, Target, true_target
 
 if TYPE_CHECKING:
@@ -105,11 +99,8 @@ class Coding:
         size = _size(target.labels)
         upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), size, self.align_corners, logits_BKhw)
         certainty_BHW = torch.empty(target.labels.shape, dtype=upsample.dtype, device=logits_BKhw.device)
-        with torch.autocast(logits_BKhw.device.type, enabled=False):
-            for image, logits_Khw in enumerate(logits_BKhw):
-                for first, end in row_strips(*size, logits_BKhw.device):
-                    strip_P = self._certainty(upsample.strip(logits_Khw, first, end), target, image, first, end)
-                    certainty_BHW[image, first:end].view(-1).copy_(strip_P)
+        for image, first, end, logits_KP in _strips(logits_BKhw, upsample):
+            certainty_BHW[image, first:end].view(-1).copy_(self._certainty(logits_KP, target, image, first, end))
         return certainty_BHW
 
     def _certainty(self, logits_KP: Tensor, target: Target, image: int, first: int, end: int) -> Tensor:
@@ -176,13 +167,12 @@ class OneHotCoding(Coding):
             return dispatch.one_hot_pseudo_label(logits_BKhw, pixels, self.align_corners)
         target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
         assert target.confidence is not None
-        with torch.autocast(logits_BKhw.device.type, enabled=False):
-            for image, logits_Khw in enumerate(logits_BKhw):
-                for first, end in row_strips(*upsample.size, logits_BKhw.device):
-                    logits_KP = upsample.strip(logits_Khw, first, end)
-                    best_P, label_P = logits_KP.max(0)
-                    target.labels[image, first:end].view(-1).copy_(label_P)
-                    target.confidence[image, first:end].view(-1).copy_((best_P - logits_KP.logsumexp(0)).exp_())
+        buffers = scratch(upsample.dtype, upsample.device)
+        for image, first, end, logits_KP in _strips(logits_BKhw, upsample):
+            best_P, label_P = bit_words.first_argmax(logits_KP)
+            exp_KP = torch.sub(logits_KP, best_P, out=buffers("exp", *logits_KP.shape)).exp_()
+            target.labels[image, first:end].view(-1).copy_(label_P)
+            target.confidence[image, first:end].view(-1).copy_(exp_KP.sum(0).reciprocal_())
         return target
 
     def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
@@ -192,9 +182,9 @@ class OneHotCoding(Coding):
         weight_BHW = self._weight(target, average, normalizer, compute_dtype(logits_BKhw))
         labels_BHW = target.labels.clamp_max(self.num_classes - 1)  # 255 has weight 0
 
-        def strip(logits_KP: Tensor, image: int, first: int, end: int, gradient: bool) -> tuple[Tensor, Tensor | None]:
-            return cross_entropy_loss(logits_KP, labels_BHW[image, first:end].reshape(-1),
-                                      weight_BHW[image, first:end].reshape(-1), gradient)
+        def strip(buffers: Scratch) -> StripLoss:
+            return lambda logits_KP, image, first, end, grad_KP: cross_entropy_loss(
+                logits_KP, labels_BHW[image, first:end].reshape(-1), weight_BHW[image, first:end].reshape(-1), buffers, grad_KP)
 
         loss, _ = stripwise_loss(logits_BKhw, _size(target.labels), strip, 1, self.align_corners)
         return {"loss": loss}
@@ -299,42 +289,67 @@ class EcocCoding(Coding):
         target.bits = torch.empty(shape, dtype=torch.int64, device=device)
         target.reliable = torch.empty_like(target.weight)
         counts_2 = torch.zeros(2, dtype=torch.int64, device=device)
-        with torch.autocast(device.type, enabled=False):
-            for image, logits_Khw in enumerate(logits_BKhw):
-                for first, end in row_strips(*upsample.size, device):
-                    guess = self._guess(upsample.strip(logits_Khw, first, end))
-                    rows = slice(first, end)
-                    target.bits[image, :, rows] = guess.words_XP.view(shape[1], end - first, -1)
-                    for name in ("labels", "confidence", "reliable"):
-                        getattr(target, name)[image, rows].view(-1).copy_(getattr(guess, f"{name}_P"))
-                    counts_2 += guess.counts_2
+        buffers = scratch(upsample.dtype, device)
+        doubts: list[_Doubt] = []
+        for image, first, end, logits_KP in _strips(logits_BKhw, upsample):
+            doubts.append(self._guess(logits_KP, _Strip(target, image, slice(first, end)), buffers))
+            if end == upsample.size[0] or sum(len(doubt.pixel_U) for doubt in doubts) >= logits_KP.shape[1]:
+                counts_2 += self._settle(doubts)
+                doubts = []
         corrected, differing = counts_2 / (target.labels.numel() * self.num_outputs)
         target.metrics = {"reliable_bits": target.reliable.mean(), "corrected_bits": corrected, "differing_bits": differing}
         return target
 
-    def _guess(self, logits_KP: Tensor) -> _Guess:
-        """Pseudo-labels of a strip: the class; bits from its codeword where reliable, from their own sign elsewhere."""
+    def _guess(self, logits_KP: Tensor, strip: _Strip, buffers: Scratch) -> _Doubt:
+        """Pseudo-labels of a strip as if its pixels were sure. Returns those that are not.
+
+        Where the nearest codeword is nearer than 1/2, each bit is nearer than that: every sign agrees with it, and the
+        confidence is 1 - distance / K. Of such a pixel, if it is settled, there is no more to find out.
+        """
         tables = self._on(logits_KP.device, logits_KP.dtype)
-        bitwise_XP = bit_words.pack(logits_KP >= 0)
-        p_KP = logits_KP.sigmoid()
-        scores_NP = (tables.signs_NK @ p_KP).add_(tables.zeros_N1)
-        labels_P = bit_words.first_argmax(scores_NP)
-        q_KP = p_KP.sub_(0.5).abs_().add_(0.5)  # max(p, 1 - p), several times faster on CPU than torch.maximum
-        confidence_P = q_KP.sum(0) / self.num_outputs
-        code_XP = tables.words_XN[:, labels_P]
-        mask_XP = self._reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables)
-        differ_XP = code_XP ^ bitwise_XP
-        changed_XP = differ_XP & mask_XP
-        reliable_P = bit_words.popcount(mask_XP).sum(0).to(logits_KP.dtype) / self.num_outputs
-        counts_2 = torch.stack([bit_words.popcount(words_XP).sum() for words_XP in (changed_XP, differ_XP)])
-        return _Guess(labels_P, confidence_P, reliable_P, bitwise_XP ^ changed_XP, counts_2)
+        p_KP = torch.sigmoid(logits_KP, out=buffers("probabilities", *logits_KP.shape))
+        scores_NP = torch.addmm(tables.zeros_N1, tables.signs_NK, p_KP, out=buffers("scores", self.num_classes, p_KP.shape[1]))
+        best_P, labels_P = bit_words.first_argmax(scores_NP)
+        distance_P = self.num_outputs - best_P
+        confidence_P = 1 - distance_P / self.num_outputs
+        easy_P = distance_P < 0.5
+        if self.label_form == "hybrid":
+            easy_P &= confidence_P > self.reliability
+        strip.fill(labels=labels_P, confidence=confidence_P, bits=tables.words_XN.index_select(1, labels_P),
+                   reliable=torch.full_like(best_P, self.label_form != "bit"))
+        pixel_U = easy_P.logical_not_().nonzero().squeeze(1)
+        return _Doubt(strip, pixel_U, p_KP.index_select(1, pixel_U), scores_NP.index_select(1, pixel_U), labels_P[pixel_U])
+
+    def _settle(self, doubts: list[_Doubt]) -> Tensor:
+        """Confidence and bits of pixels that are not sure, those of several strips together: mining is many small steps.
+        Returns the numbers of bits [2] that were corrected, and that differed from the codeword's (the paper's Fig. 4a)."""
+        num_bits = self.num_outputs
+        labels_U = torch.cat([doubt.labels_U for doubt in doubts])
+        half_KU = torch.cat([doubt.p_KU for doubt in doubts], 1).sub_(0.5)
+        scores_NU = torch.cat([doubt.scores_NU for doubt in doubts], 1)
+        tables = self._on(half_KU.device, half_KU.dtype)
+        bitwise_XU = bit_words.pack(torch.ge(half_KU, 0, out=torch.empty_like(half_KU)))
+        q_KU = half_KU.abs_().add_(0.5)  # max(p, 1 - p)
+        confidence_U = q_KU.sum(0) / num_bits
+        mask_XU = self._reliable_words(q_KU, scores_NU, labels_U, confidence_U, tables)
+        differ_XU = tables.words_XN.index_select(1, labels_U) ^ bitwise_XU
+        changed_XU = differ_XU & mask_XU
+        reliable_U = bit_words.popcount(mask_XU).sum(0).to(q_KU.dtype) / num_bits
+        words_XU = bitwise_XU ^ changed_XU
+        done = 0
+        for doubt in doubts:
+            part = slice(done, done + len(doubt.pixel_U))
+            doubt.strip.correct(doubt.pixel_U, confidence=confidence_U[part], reliable=reliable_U[part], bits=words_XU[:, part])
+            done = part.stop
+        return torch.stack([bit_words.popcount(ones_XU).sum() for ones_XU in (changed_XU, differ_XU)])
 
     def _reliable_words(self, q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor,
                         tables: _Tables) -> Tensor:
-        """Bits taken from the codeword, packed. Shape: [X, P]."""
+        """Bits taken from the codeword, packed. Overwrites `q_KP`. Shape: [X, P]."""
         if self.label_form == "hybrid":
-            return bit_words.reliable_words(q_KP, scores_NP, labels_P, confidence_P, tables.words_XN, tables.signs_NK,
-                                            self.reliability, self.max_candidates)
+            settled_P = confidence_P > self.reliability
+            return bit_words.reliable_words(q_KP.sub_(self.reliability), scores_NP, labels_P, settled_P, tables.words_XN,
+                                            self.max_candidates)
         ones_X1 = bit_words.all_ones(self.num_outputs, q_KP.device)
         return (ones_X1 if self.label_form == "code" else torch.zeros_like(ones_X1)).expand(-1, q_KP.shape[1])
 
@@ -350,13 +365,25 @@ class EcocCoding(Coding):
         weight_BHW = self._weight(target, average, normalizer, dtype)
         labels_BHW, words_BXHW = target.labels.clamp_max(self.num_classes - 1), target.bits  # 255 has weight 0
 
-        def strip(logits_KP: Tensor, image: int, first: int, end: int, gradient: bool) -> tuple[Tensor, Tensor | None]:
-            bits_KP = bit_words.unpack(words_BXHW[image, :, first:end].flatten(1), len(logits_KP))
-            return ecoc_loss(logits_KP, bits_KP, labels_BHW[image, first:end].reshape(-1),
-                             weight_BHW[image, first:end].reshape(-1), signs_NK, self.loss_weights, gradient)
+        words_XN = self._on(logits_BKhw.device, dtype).words_XN
 
-        loss, detail = stripwise_loss(logits_BKhw, _size(target.labels), strip, 4, self.align_corners)
+        def strip(buffers: Scratch) -> StripLoss:
+            def loss(maps_CP: Tensor, image: int, first: int, end: int, grad_CP: Tensor | None) -> Tensor:
+                part = self._strip_target(labels_BHW[image, first:end], weight_BHW[image, first:end],
+                                          words_BXHW[image, :, first:end], words_XN)
+                return ecoc_loss(maps_CP, part, signs_NK, self.loss_weights, buffers, grad_CP)
+
+            return loss
+
+        loss, detail = stripwise_loss(logits_BKhw, _size(target.labels), strip, 4, self.align_corners, signs_NK)
         return {"loss": loss, "bce": detail[0], "distance": detail[1], "contrast": detail[2]}
+
+    @staticmethod
+    def _strip_target(labels_rW: Tensor, weight_rW: Tensor, words_XrW: Tensor, words_XN: Tensor) -> StripTarget:
+        labels_P, weight_P, words_XP = labels_rW.reshape(-1), weight_rW.reshape(-1), words_XrW.flatten(1)
+        on_cpu = labels_P.device.type == "cpu"  # elsewhere the answer would have to be waited for
+        differ_P = (words_XN.index_select(1, labels_P) != words_XP).any(0).logical_and_(weight_P != 0) if on_cpu else None
+        return StripTarget(labels_P, weight_P, words_XP, differ_P is not None and not differ_P.any())
 
     def _certainty(self, logits_KP: Tensor, target: Target, image: int, first: int, end: int) -> Tensor:
         """Mean over bits of the probability of the target's bit."""
@@ -387,13 +414,35 @@ class _Tables:
 
 
 @dataclass(frozen=True)
-class _Guess:
-    labels_P: Tensor
-    confidence_P: Tensor
-    reliable_P: Tensor
-    words_XP: Tensor
-    counts_2: Tensor
-    """Bits that were corrected to the codeword's, and bits that differ from it (the paper's Fig. 4a) before that."""
+class _Strip:
+    """Rows of one image of a pseudo-label, to be filled in."""
+
+    target: Target
+    image: int
+    rows: slice
+
+    def flat(self, name: str) -> Tensor:
+        """A field's pixels in a row, in place: [P], of bits [X, P]."""
+        return getattr(self.target, name)[self.image, ..., self.rows, :].flatten(-2)
+
+    def fill(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.flat(name).copy_(value)
+
+    def correct(self, pixel_U: Tensor, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.flat(name)[..., pixel_U] = value
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """Pixels of a strip that are not sure: their places, probabilities, scores and classes."""
+
+    strip: _Strip
+    pixel_U: Tensor
+    p_KU: Tensor
+    scores_NU: Tensor
+    labels_U: Tensor
 
 
 def _size(labels_BHW: Tensor) -> tuple[int, int]:
@@ -404,6 +453,16 @@ def _pixels(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None) -> t
     """Height and width of the labels of these logits."""
     height, width = logits_BKhw.shape[-2:] if size is None else size
     return height, width
+
+
+def _strips(logits_BKhw: Tensor, upsample: Upsample) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Image, first row, end row, and these rows of the upsampled logits [K, P], strip by strip."""
+    strips = Strips(upsample, scratch(upsample.dtype, upsample.device))
+    for image, logits_Khw in enumerate(logits_BKhw):
+        strips.begin(logits_Khw)
+        for first, end in row_strips(*upsample.size, upsample.device):
+            with torch.autocast(upsample.device.type, enabled=False):
+                yield image, first, end, strips.values(first, end)
 
 
 def _empty_pseudo(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None,

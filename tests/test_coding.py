@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import pickle
 import subprocess
 import sys
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ecocseg import bits, losses
+from ecocseg import bits, resize
 from ecocseg.codebook import Codebook, max_min
 from ecocseg.coding import EcocCoding, OneHotCoding, Target
+from ecocseg.data import mixing
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -210,7 +212,7 @@ def test_gradients_and_switched_off_terms(negatives, weights):
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("source", "size"), [((3, 4), (12, 15)), ((5, 6), (3, 4)), ((4, 4), (4, 9)), ((1, 1), (3, 2))])
 def test_upsampling_inside_equals_outside(align_corners, source, size, monkeypatch):
-    monkeypatch.setattr(losses, "_CPU_STRIP", 2 * size[1])  # several strips
+    monkeypatch.setattr(resize, "_CPU_STRIP", 2 * size[1])  # several strips
     book = random_codebook(5, 7)
     logits = random_logits(book.matrix, (2, *source), seed=7)
     full = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
@@ -300,10 +302,8 @@ def test_codings_travel_between_processes():
 
 
 def test_the_benchmark_compares_with_a_5d_formulation_of_the_same_maths():
-    path = Path(__file__).parents[1] / "jobs" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+    benchmark = importlib.import_module("benchmark_coding")
     coding = EcocCoding(random_codebook(12, 16), reliability=0.9, max_candidates=8)
     codes = torch.tensor(coding.codebook.matrix)
     logits = random_logits(coding.codebook.matrix, (2, 9, 9), seed=16).requires_grad_()
@@ -341,3 +341,38 @@ def test_memory_stays_at_a_few_times_the_logits():
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
     logits_bytes = 2 * 40 * 256 * 256 * 4
     assert int(out) < 4 * logits_bytes, "a [B, N, K, H, W] tensor alone would be 19 times the logits"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gave, by element size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("sure", [1.0, 9.0])
+def test_nothing_of_label_size_is_k_fold_from_mining_to_the_loss(sure):
+    """Pseudo-label, ClassMix, a CutMix box, loss and gradient, from logits of stride 4, sure or all to be mined."""
+    coding = EcocCoding(max_min(19, 40), reliability=0.8)
+    size, batch = 256, 2
+    labels = random_labels(19, (batch, 8, 8), seed=17).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    codes = torch.tensor(coding.codebook.matrix)
+    logits = sure * (codes[labels[:, ::4, ::4].clamp_max(18)].float() * 2 - 1).movedim(-1, 1) + torch.randn(2, 40, 64, 64)
+    generators = [torch.Generator().manual_seed(i) for i in range(batch)]
+    with LargestTensor() as largest:
+        pseudo = coding.pseudo_label(logits, (size, size))
+        mixed = mixing.mix(coding.encode(labels), pseudo, mixing.class_mix_mask(labels, generators))
+        box = mixing.cutmix_box((size, size), generators[0], p=1.0).expand(batch, -1, -1)
+        target = mixing.mix(mixed, pseudo, box)
+        x = logits.requires_grad_()
+        coding.loss(x, target)["loss"].backward()
+    assert x.grad.any() and (pseudo.reliable == 1).any() == (sure > 1)
+    assert largest.elements < 40 * size * size * batch / 4
