@@ -18,6 +18,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from conftest import tiny_config
 from test_coding import random_codebook, random_labels, random_logits
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,8 @@ from ecocseg.codebook import Codebook, max_min
 from ecocseg.coding import Coding, EcocCoding, OneHotCoding, Target
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalSpec, Normalize, calibration_counts, confusion, evaluate
+from ecocseg.kernels.costs import PEAKS, costs, peak_of
+from ecocseg.resources import plan_resources
 
 INTERPRETED = kernels.interpreted()
 DEVICES = [pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")),
@@ -358,6 +361,29 @@ def test_a_choice_that_cannot_be_is_refused_and_others_fall_back():
     kernels.check("auto", "cpu")
 
 
+@without_interpreter
+def test_a_run_without_a_gpu_is_refused_before_it_starts(tmp_path):
+    config = tiny_config(tmp_path, tmp_path)
+    wanted = config.model_copy(update={"coding": config.coding.model_copy(update={"kernels": "triton"})})
+    assert plan_resources(config, 4, 0) and plan_resources(wanted, 4, 1)
+    with pytest.raises(InputError, match="coding.kernels=triton"):
+        plan_resources(wanted, 4, 0)
+
+
+@without_interpreter
+def test_costs_are_what_is_moved_and_computed():
+    found = costs("cross_entropy", 2, 19, 40, 8, 8, 32, 32)
+    assert found.bytes == 2 * (2 * 19 * 8 * 8 * 4) + 2 * 32 * 32 * (8 + 4), "logits, their gradient, labels and weights"
+    assert found.special == 2 * 32 * 32 * 21 and found.matrix_fma == 0
+    labels = costs("ecoc_pseudo_label", 1, 19, 70, 8, 8, 8, 8, element=2)
+    assert labels.bytes == 70 * 64 * 2 + 64 * (8 + 2 * 8 + 4 + 4) and labels.matrix_fma == 64 * 19 * 70
+    assert labels.special == 64 * 140
+    name, seconds = labels.bound(PEAKS["H100"])
+    assert name == "bytes" and seconds == pytest.approx(labels.bytes / 3.35e12)
+    assert labels.seconds(PEAKS["H200"])["special"] == pytest.approx(64 * 140 / 3.7e12)
+    assert peak_of("NVIDIA H100 80GB HBM3") is PEAKS["H100"] and peak_of("NVIDIA A10G") is None
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
 def test_what_no_kernel_takes_is_left_to_torch():
     coding = EcocCoding(random_codebook(4, 7), kernels="triton")
@@ -371,7 +397,7 @@ def test_what_no_kernel_takes_is_left_to_torch():
     many.loss(wide, many.pseudo_label(wide, (4, 4)))
 
 
-SIGNATURE = {"labels": "*i64", "words": "*i64", "codes": "*i64", "confusion": "*i64", "signs": "*bf16",
+SIGNATURE = {"labels": "*i64", "words": "*i64", "codes": "*i64", "confusion": "*i64", "signs": "*fp32",
              "lower_y": "*i32", "lower_x": "*i32", "first_y": "*i32", "first_x": "*i32", "count_y": "*i32", "count_x": "*i32",
              "counts": "*i32", "bins": "*i32",
              **dict.fromkeys(["part_y", "part_x", "zeros", "confidence", "reliable", "weight", "divisor", "terms", "windows"],
@@ -398,8 +424,6 @@ def spilled(kernel, dtype: str, **constants) -> int:
 
 
 def compile_case(name: str, num_classes: int, num_bits: int, dtype: str, identity: bool) -> int:
-    import triton.language as tl
-
     from ecocseg.kernels import count, decode, loss
     from ecocseg.kernels.geometry import FLAT, TILE, class_pieces, output_pieces
 
@@ -408,7 +432,7 @@ def compile_case(name: str, num_classes: int, num_bits: int, dtype: str, identit
     class_size, number = class_pieces(num_classes)
     kernel = next(getattr(module, name) for module in (decode, loss, count) if hasattr(module, name))
     return spilled(kernel, dtype, TILE=TILE, FLAT=FLAT, CY=4, CX=4, IDENTITY=identity, K_FAST=dtype == "bf16", SIZE=size,
-                   PIECES=pieces, CLASS_SIZE=class_size, CLASS_PIECES=number, WORDS=-(-num_bits // 64), OPERAND=tl.bfloat16,
+                   PIECES=pieces, CLASS_SIZE=class_size, CLASS_PIECES=number, WORDS=-(-num_bits // 64), FAST=True,
                    FORM="hybrid", BCE=True, DISTANCE=True, CONTRAST=True, STAND_IN=identity, GRADIENT=True, COLUMNS=32,
                    PADDED=48)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ecocseg.kernels.decode import class_scores, one_hot_summary, tile_logits
-from ecocseg.kernels.tile import SIZES, bits_of, first_best
+from ecocseg.kernels.tile import SIZES, bits_of, first_best, sigmoid
 
 BINS = tl.constexpr(15)  # as in evaluate.py
 UNIT, UNITS_OF_BIN = tl.constexpr(15360), tl.constexpr(1024)
@@ -68,7 +68,7 @@ def ecoc_count_kernel(
         h, w, H, W, tiles_x, K, N, stride_b, stride_k, stride_y, stride_x,
         TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr, IDENTITY: tl.constexpr,
         K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, CLASS_SIZE: tl.constexpr,
-        CLASS_PIECES: tl.constexpr, WORDS: tl.constexpr, OPERAND: tl.constexpr):
+        CLASS_PIECES: tl.constexpr, WORDS: tl.constexpr, FAST: tl.constexpr):
     P: tl.constexpr = FLAT if IDENTITY else TILE * TILE
     pieces, index_P, inside_P, _ = tile_logits(logits, lower_y, part_y, lower_x, part_x, h, w, H, W, tiles_x, K, stride_b,
                                                stride_k, stride_y, stride_x, TILE, FLAT, CY, CX, IDENTITY, K_FAST, SIZE,
@@ -80,12 +80,12 @@ def ecoc_count_kernel(
         code1_P = tl.load(codes + N + label_P)
     probabilities, places, values = (), (), ()
     for i in tl.static_range(PIECES):
-        p_PA = 1.0 / (1.0 + tl.exp(-pieces[i]))
+        p_PA = sigmoid(pieces[i], FAST)
         right_PA = (p_PA >= 0.5) == bits_of(code0_P, code1_P, i, SIZE)
         live_A = i * SIZE + tl.arange(0, SIZE) < K
         place_PA, value_PA = binned(tl.maximum(p_PA, 1.0 - p_PA), right_PA, known_P[:, None] & live_A[None, :])
         probabilities, places, values = probabilities + (p_PA,), places + (place_PA,), values + (value_PA,)
-    scores = class_scores(probabilities, signs, zeros, N, P, OPERAND, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
+    scores = class_scores(probabilities, signs, zeros, N, P, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
     _, place_P = first_best(scores, CLASS_SIZE, CLASS_PIECES)
     add_pairs(confusion, label_P, tl.minimum(place_P, N - 1), known_P, N)
     for bin in range(0, 15):
@@ -99,12 +99,12 @@ def ecoc_count_kernel(
 def one_hot_count_kernel(
         logits, lower_y, part_y, lower_x, part_x, labels, confusion, bins, h, w, H, W, tiles_x, K, stride_b, stride_k,
         stride_y, stride_x, TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-        IDENTITY: tl.constexpr, K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr):
+        IDENTITY: tl.constexpr, K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, FAST: tl.constexpr):
     pieces, index_P, inside_P, _ = tile_logits(logits, lower_y, part_y, lower_x, part_x, h, w, H, W, tiles_x, K, stride_b,
                                                stride_k, stride_y, stride_x, TILE, FLAT, CY, CX, IDENTITY, K_FAST, SIZE,
                                                PIECES)
     label_P, known_P = true_labels(labels, index_P, inside_P, H, W, K)
-    _, place_P, sum_P = one_hot_summary(pieces, K, SIZE, PIECES)
+    _, place_P, sum_P, _ = one_hot_summary(pieces, K, FAST, SIZE, PIECES)
     add_pairs(confusion, label_P, place_P, known_P, K)
     bin_P, value_P = binned(1.0 / sum_P, place_P == label_P, known_P)
     for bin in range(0, 15):

@@ -18,12 +18,16 @@ import triton
 import triton.language as tl
 
 from ecocseg.kernels.tile import (
+    LOG2_E,
     SIZES,
     bits_of,
+    exp2,
     first_best,
     packed,
     pixel_index,
     popcount,
+    reciprocal,
+    sigmoid,
     upsampled,
     window_weights,
     with_codewords,
@@ -48,10 +52,10 @@ def tile_logits(logits, lower_y, part_y, lower_x, part_x, h, w, H, W, tiles_x, K
 
 
 @triton.jit
-def class_scores(pieces, signs, zeros, N, P: tl.constexpr, OPERAND: tl.constexpr, SIZE: tl.constexpr,
+def class_scores(pieces, signs, zeros, N, P: tl.constexpr, SIZE: tl.constexpr,
                  PIECES: tl.constexpr, CLASS_SIZE: tl.constexpr, CLASS_PIECES: tl.constexpr):
     """K - d_n of bit probabilities, minus infinity beyond the last class. Shape: a tuple of [P, D]."""
-    products = with_codewords(pieces, signs, P, OPERAND, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
+    products = with_codewords(pieces, signs, P, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
     scores = ()
     for j in tl.static_range(CLASS_PIECES):
         n_D = j * CLASS_SIZE + tl.arange(0, CLASS_SIZE)
@@ -103,7 +107,7 @@ def ecoc_pseudo_label_kernel(
         h, w, H, W, tiles_x, K, N, stride_b, stride_k, stride_y, stride_x, threshold, limit,
         TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr, IDENTITY: tl.constexpr,
         K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, CLASS_SIZE: tl.constexpr,
-        CLASS_PIECES: tl.constexpr, WORDS: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr):
+        CLASS_PIECES: tl.constexpr, WORDS: tl.constexpr, FORM: tl.constexpr, FAST: tl.constexpr):
     """FORM: "hybrid", "code" or "bit". `counts` gets each program's corrected and differing bits."""
     P: tl.constexpr = FLAT if IDENTITY else TILE * TILE
     pieces, index_P, inside_P, _ = tile_logits(logits, lower_y, part_y, lower_x, part_x, h, w, H, W, tiles_x, K, stride_b,
@@ -116,7 +120,7 @@ def ecoc_pseudo_label_kernel(
     most_P = tl.zeros([P], tl.float32)
     for i in tl.static_range(PIECES):
         live_A = i * SIZE + tl.arange(0, SIZE) < K
-        p_PA = 1.0 / (1.0 + tl.exp(-pieces[i]))
+        p_PA = sigmoid(pieces[i], FAST)
         q_PA = tl.where(live_A[None, :], tl.abs(p_PA - 0.5) + 0.5, 0.0)
         sum_P += tl.sum(q_PA, 1)
         most_P = tl.maximum(most_P, tl.max(q_PA, 1))
@@ -127,7 +131,7 @@ def ecoc_pseudo_label_kernel(
             own1_P |= ones_P
         probabilities = probabilities + (p_PA,)
         surplus = surplus + (tl.where(live_A[None, :], q_PA - threshold, 0.0),)
-    scores = class_scores(probabilities, signs, zeros, N, P, OPERAND, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
+    scores = class_scores(probabilities, signs, zeros, N, P, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
     _, place_P = first_best(scores, CLASS_SIZE, CLASS_PIECES)
     place_P = tl.minimum(place_P, N - 1)
     mean_P = sum_P / K
@@ -171,28 +175,32 @@ def _ones(number):
 
 
 @triton.jit
-def one_hot_summary(pieces, K, SIZE: tl.constexpr, PIECES: tl.constexpr):
-    """Largest logit of each pixel, its class, and the sum of exp(z - largest). Shapes: [P], int32 [P], [P]."""
-    known = ()
+def one_hot_summary(pieces, K, FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr):
+    """Largest logit of each pixel times log2(e), its class, and the sum of exp(z - largest); with it each exp(z - largest), 0
+    beyond the last output. Shapes: [P], int32 [P], [P], a tuple of [P, A]."""
+    known = ()  # in units of log2
     for i in tl.static_range(PIECES):
         live_A = i * SIZE + tl.arange(0, SIZE) < K
-        known = known + (tl.where(live_A[None, :], pieces[i], float("-inf")),)
+        known = known + (tl.where(live_A[None, :], pieces[i] * LOG2_E, float("-inf")),)
     best_P, place_P = first_best(known, SIZE, PIECES)
     sum_P = tl.zeros(best_P.shape, tl.float32)
+    powers = ()
     for i in tl.static_range(PIECES):
-        sum_P += tl.sum(tl.exp(known[i] - best_P[:, None]), 1)
-    return best_P, tl.minimum(place_P, K - 1), sum_P
+        power_PA = exp2(known[i] - best_P[:, None], FAST)
+        sum_P += tl.sum(power_PA, 1)
+        powers = powers + (power_PA,)
+    return best_P, tl.minimum(place_P, K - 1), sum_P, powers
 
 
 @triton.jit(do_not_specialize=SIZES)
 def one_hot_pseudo_label_kernel(
         logits, lower_y, part_y, lower_x, part_x, labels, confidence, h, w, H, W, tiles_x, K, stride_b, stride_k, stride_y,
         stride_x, TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr, IDENTITY: tl.constexpr,
-        K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr):
+        K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, FAST: tl.constexpr):
     pieces, index_P, inside_P, _ = tile_logits(logits, lower_y, part_y, lower_x, part_x, h, w, H, W, tiles_x, K, stride_b,
                                                stride_k, stride_y, stride_x, TILE, FLAT, CY, CX, IDENTITY, K_FAST, SIZE,
                                                PIECES)
-    _, place_P, sum_P = one_hot_summary(pieces, K, SIZE, PIECES)
+    _, place_P, sum_P, _ = one_hot_summary(pieces, K, FAST, SIZE, PIECES)
     at_P = tl.program_id(1).to(tl.int64) * H * W + index_P
     tl.store(labels + at_P, place_P.to(tl.int64), mask=inside_P)
-    tl.store(confidence + at_P, 1.0 / sum_P, mask=inside_P)
+    tl.store(confidence + at_P, reciprocal(sum_P, FAST), mask=inside_P)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ecocseg import bits as bit_words
-from ecocseg.kernels import geometry, interpreted
+from ecocseg.kernels import geometry
 from ecocseg.target import Target
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ def tables(codes_NK: Tensor, device: torch.device) -> Tables:
     (rows, row_pieces), (columns, column_pieces) = geometry.class_pieces(num_classes), geometry.output_pieces(num_bits)
     signs_NK = torch.zeros(rows * row_pieces, columns * column_pieces)
     signs_NK[:num_classes, :num_bits] = codes_NK.float() * 2 - 1
-    dtype = torch.float32 if interpreted() else torch.bfloat16
-    return Tables(signs_NK.to(device, dtype), (~codes_NK).sum(1).float().to(device), bit_words.pack(codes_NK.t()).to(device))
+    return Tables(signs_NK.to(device), (~codes_NK).sum(1).float().to(device), bit_words.pack(codes_NK.t()).to(device))
 
 
 @torch.no_grad()

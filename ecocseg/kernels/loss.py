@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ecocseg.kernels.decode import one_hot_summary, tile_logits
-from ecocseg.kernels.tile import SIZES, bits_of, sign_dot, with_codewords
+from ecocseg.kernels.tile import LN_2, LOG2_E, SIZES, exp2, flipped, log2, sigmoid, sign_dot, sign_masks, with_codewords
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def ecoc_loss_kernel(
         TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr, IDENTITY: tl.constexpr,
         K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, CLASS_SIZE: tl.constexpr,
         CLASS_PIECES: tl.constexpr, WORDS: tl.constexpr, BCE: tl.constexpr, DISTANCE: tl.constexpr, CONTRAST: tl.constexpr,
-        STAND_IN: tl.constexpr, GRADIENT: tl.constexpr, OPERAND: tl.constexpr):
+        STAND_IN: tl.constexpr, GRADIENT: tl.constexpr, FAST: tl.constexpr):
     """BCE, DISTANCE and CONTRAST say which terms there are; STAND_IN: the target stands in for its class's codeword."""
     P: tl.constexpr = FLAT if IDENTITY else TILE * TILE
     pieces, index_P, inside_P, weight_PC = tile_logits(
@@ -74,9 +74,12 @@ def ecoc_loss_kernel(
 
     square_P = tl.zeros([P], tl.float32)
     product_P = tl.zeros([P], tl.float32)
+    agreements = ()  # of a logit with its bit: times +1 or -1
     for i in tl.static_range(PIECES):
         square_P += tl.sum(pieces[i] * pieces[i], 1)
-        product_P += tl.sum(tl.where(bits_of(word0_P, word1_P, i, SIZE), pieces[i], -pieces[i]), 1)
+        agree_PA = flipped(pieces[i], sign_masks(word0_P, word1_P, i, SIZE))
+        product_P += tl.sum(agree_PA, 1)
+        agreements = agreements + (agree_PA,)
     norm_P = tl.sqrt(square_P)
     inverse_P = 1.0 / tl.maximum(norm_P, eps)
     scale_P = inverse_P / root_k
@@ -92,34 +95,34 @@ def ecoc_loss_kernel(
     if CONTRAST:
         log_P, slope_P, radial_P, slopes = contrast_of(
             pieces, signs, label_P, target_P, scale_P, slope_P, share_P, N, contrast, temperature, P, SIZE, PIECES,
-            CLASS_SIZE, CLASS_PIECES, STAND_IN, GRADIENT, OPERAND)
+            CLASS_SIZE, CLASS_PIECES, STAND_IN, GRADIENT, FAST)
         contrast_sum = tl.sum((log_P - target_P / temperature) * share_P, 0)
     radial_P = (radial_P + slope_P * target_P) * share_P * inverse_P * inverse_P
     radial_P = tl.where(norm_P > eps, radial_P, 0.0)
     along_P = slope_P * share_P * scale_P
 
     bce_P = tl.zeros([P], tl.float32)
+    wrong_scale_P = share_P * (bce / K)
     for i in tl.static_range(PIECES):
-        k_A = i * SIZE + tl.arange(0, SIZE)
-        sign_PA = tl.where(bits_of(word0_P, word1_P, i, SIZE), 1.0, -1.0)
-        grad_PA = sign_PA * along_P[:, None] - pieces[i] * radial_P[:, None]
-        if CONTRAST and GRADIENT:
-            for j in tl.static_range(CLASS_PIECES):
-                n_D = j * CLASS_SIZE + tl.arange(0, CLASS_SIZE)
-                signs_DA = tl.load(signs + n_D[:, None] * (SIZE * PIECES) + k_A[None, :])
-                grad_PA = sign_dot(slopes[j], signs_DA, grad_PA, OPERAND)
+        grad_PA = along_P[:, None] - agreements[i] * radial_P[:, None]  # times the bit's sign: see below
         if BCE:
-            agree_PA = pieces[i] * sign_PA
-            small_PA = tl.exp(-tl.abs(agree_PA))
-            inverse_PA = 1.0 / (1.0 + small_PA)
-            term_PA = tl.log(1.0 + small_PA) - tl.minimum(agree_PA, 0.0)
-            bce_P += tl.sum(tl.where((k_A < K)[None, :], term_PA, 0.0), 1)
-            wrong_PA = tl.where(agree_PA >= 0, small_PA, 1.0) * inverse_PA  # sigmoid(-a)
-            grad_PA -= wrong_PA * sign_PA * (share_P * (bce / K))[:, None]
+            wrong_PA = sigmoid(-agreements[i], FAST)
+            # log(1 + exp(-a)) = max(-a, 0) - log(|s - 1/2| + 1/2) with s = sigmoid(-a)
+            log_PA = log2(tl.abs(wrong_PA - 0.5) + 0.5, FAST)
+            bce_P -= tl.sum(log_PA * LN_2 + tl.minimum(agreements[i], 0.0), 1)
+            grad_PA -= wrong_PA * wrong_scale_P[:, None]
         if GRADIENT:
+            grad_PA = flipped(grad_PA, sign_masks(word0_P, word1_P, i, SIZE))
+            if CONTRAST:
+                k_A = i * SIZE + tl.arange(0, SIZE)
+                for j in tl.static_range(CLASS_PIECES):
+                    n_D = j * CLASS_SIZE + tl.arange(0, CLASS_SIZE)
+                    signs_DA = tl.load(signs + n_D[:, None] * (SIZE * PIECES) + k_A[None, :])
+                    grad_PA = sign_dot(slopes[j], signs_DA, grad_PA)
             put_gradient(gradient, grad_PA, weight_PC, index_P, inside_P, K, i, grad_b, grad_k, grad_x, CY * CX, IDENTITY,
                          SIZE, PIECES)
-    bce_sum = tl.sum(bce_P * share_P, 0) / K
+    # an output beyond the last has logit 0 and so log(1 + exp(0)) = log(2)
+    bce_sum = tl.sum((bce_P - (SIZE * PIECES - K) * LN_2) * share_P, 0) / K if BCE else 0.0
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(terms + 4 * program, bce * bce_sum + distance * distance_sum + contrast * contrast_sum)
     tl.store(terms + 4 * program + 1, bce_sum)
@@ -130,39 +133,43 @@ def ecoc_loss_kernel(
 @triton.jit
 def contrast_of(pieces, signs, label_P, target_P, scale_P, slope_P, share_P, N, contrast, temperature, P: tl.constexpr,
                 SIZE: tl.constexpr, PIECES: tl.constexpr, CLASS_SIZE: tl.constexpr, CLASS_PIECES: tl.constexpr,
-                STAND_IN: tl.constexpr, GRADIENT: tl.constexpr, OPERAND: tl.constexpr):
+                STAND_IN: tl.constexpr, GRADIENT: tl.constexpr, FAST: tl.constexpr):
     """Log of the sum over classes of exp(cosine / temperature); the slope of the target's cosine; the sum of slope times
     cosine over classes; and each class's slope times the pixel's share and scale, a tuple of [P, D]."""
-    products = with_codewords(pieces, signs, P, OPERAND, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
-    exponents = ()
+    products = with_codewords(pieces, signs, P, SIZE, PIECES, CLASS_SIZE, CLASS_PIECES)
+    exponents = ()  # in units of log2
+    unit_P = scale_P * (LOG2_E / temperature)
     for j in tl.static_range(CLASS_PIECES):
         n_D = j * CLASS_SIZE + tl.arange(0, CLASS_SIZE)
-        exponent_PD = products[j] * scale_P[:, None] / temperature
+        exponent_PD = products[j] * unit_P[:, None]
         if STAND_IN:
-            exponent_PD = tl.where(n_D[None, :] == label_P[:, None], target_P[:, None] / temperature, exponent_PD)
+            its_P = target_P * (LOG2_E / temperature)
+            exponent_PD = tl.where(n_D[None, :] == label_P[:, None], its_P[:, None], exponent_PD)
         exponents = exponents + (tl.where((n_D < N)[None, :], exponent_PD, float("-inf")),)
     most_P = tl.max(exponents[0], 1)
     for j in tl.static_range(1, CLASS_PIECES):
         most_P = tl.maximum(most_P, tl.max(exponents[j], 1))
     sum_P = tl.zeros([P], tl.float32)
+    powers = ()
     for j in tl.static_range(CLASS_PIECES):
-        sum_P += tl.sum(tl.exp(exponents[j] - most_P[:, None]), 1)
-    log_P = most_P + tl.log(sum_P)
+        power_PD = exp2(exponents[j] - most_P[:, None], FAST)
+        sum_P += tl.sum(power_PD, 1)
+        powers = powers + (power_PD,)
+    log_P = (most_P + log2(sum_P, FAST)) * LN_2
     slope_P -= contrast / temperature
     radial_P = tl.zeros([P], tl.float32)
     slopes = ()
     if GRADIENT:
         factor_P = contrast / temperature / sum_P
         for j in tl.static_range(CLASS_PIECES):
-            n_D = j * CLASS_SIZE + tl.arange(0, CLASS_SIZE)
-            slope_PD = tl.exp(exponents[j] - most_P[:, None]) * factor_P[:, None]
+            power_PD = powers[j]
             if STAND_IN:
-                its_PD = n_D[None, :] == label_P[:, None]
-                slope_P += tl.sum(tl.where(its_PD, slope_PD, 0.0), 1)
-                slope_PD = tl.where(its_PD, 0.0, slope_PD)
-            radial_P += tl.sum(slope_PD * products[j], 1)
-            slopes = slopes + (slope_PD * (share_P * scale_P)[:, None],)
-        radial_P *= scale_P
+                its_PD = (j * CLASS_SIZE + tl.arange(0, CLASS_SIZE))[None, :] == label_P[:, None]
+                slope_P += tl.sum(tl.where(its_PD, power_PD, 0.0), 1) * factor_P
+                power_PD = tl.where(its_PD, 0.0, power_PD)
+            radial_P += tl.sum(power_PD * products[j], 1)
+            slopes = slopes + (power_PD * (factor_P * share_P * scale_P)[:, None],)
+        radial_P *= factor_P * scale_P
     return log_P, slope_P, radial_P, slopes
 
 
@@ -172,23 +179,24 @@ def cross_entropy_kernel(
         h, w, H, W, tiles_x, K, stride_b, stride_k, stride_y, stride_x, label_b, label_y, label_x, weight_b, weight_y,
         weight_x, grad_b, grad_k, grad_x,
         TILE: tl.constexpr, FLAT: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr, IDENTITY: tl.constexpr,
-        K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, GRADIENT: tl.constexpr):
+        K_FAST: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, GRADIENT: tl.constexpr, FAST: tl.constexpr):
     pieces, index_P, inside_P, weight_PC = tile_logits(
         logits, lower_y, part_y, lower_x, part_x, h, w, H, W, tiles_x, K, stride_b, stride_k, stride_y, stride_x, TILE, FLAT,
         CY, CX, IDENTITY, K_FAST, SIZE, PIECES)
     label_P, share_P = pixel_weights(labels, weight, divisor, index_P, inside_P, H, W, label_b, label_y, label_x, weight_b,
                                      weight_y, weight_x)
-    best_P, _, sum_P = one_hot_summary(pieces, K, SIZE, PIECES)
+    best_P, _, sum_P, powers = one_hot_summary(pieces, K, FAST, SIZE, PIECES)
+    share_of_sum_P = share_P / sum_P
     its_P = tl.zeros(best_P.shape, tl.float32)  # logit of the target's class
     for i in tl.static_range(PIECES):
         is_its_PA = (i * SIZE + tl.arange(0, SIZE))[None, :] == label_P[:, None]
         its_P += tl.sum(tl.where(is_its_PA, pieces[i], 0.0), 1)
         if GRADIENT:
-            grad_PA = tl.exp(pieces[i] - best_P[:, None]) / sum_P[:, None] - is_its_PA.to(tl.float32)
-            put_gradient(gradient, grad_PA * share_P[:, None], weight_PC, index_P, inside_P, K, i, grad_b, grad_k, grad_x,
+            grad_PA = powers[i] * share_of_sum_P[:, None] - tl.where(is_its_PA, share_P[:, None], 0.0)
+            put_gradient(gradient, grad_PA, weight_PC, index_P, inside_P, K, i, grad_b, grad_k, grad_x,
                          CY * CX, IDENTITY, SIZE, PIECES)
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(terms + program, tl.sum((best_P + tl.log(sum_P) - its_P) * share_P, 0))
+    tl.store(terms + program, tl.sum(((best_P + log2(sum_P, FAST)) * LN_2 - its_P) * share_P, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
@@ -20,7 +19,6 @@ from ecocseg.kernels import count, decode, loss
 from ecocseg.kernels.geometry import FLAT, TILE, axis, class_pieces, output_pieces, window
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPERAND = tl.float32 if INTERPRETED else tl.bfloat16
 COSINE_EPS = 1e-3  # as in losses.py
 WINDOW_BYTES = 64 << 20  # of tiles' windows held at a time: losses of more images are made in several launches
 
@@ -44,7 +42,7 @@ class Launch:
         self.options: dict[str, Any] = {
             "TILE": TILE, "FLAT": FLAT, "CY": self.window[0], "CX": self.window[1], "IDENTITY": self.identity,
             "K_FAST": logits_BKhw.stride(1) == 1 and self.outputs > 1, "SIZE": piece, "PIECES": pieces,
-            "num_warps": 4, "enable_fp_fusion": True}
+            "FAST": not INTERPRETED, "num_warps": 4, "enable_fp_fusion": True}
 
     def source(self, images: slice | None = None) -> tuple[Tensor, ...]:
         logits = self.logits if images is None else self.logits[images]
@@ -57,7 +55,7 @@ class Launch:
     def classes(self, number: int) -> dict[str, Any]:
         """Options of a kernel that also works on classes."""
         size, pieces = class_pieces(number)
-        return self.options | {"CLASS_SIZE": size, "CLASS_PIECES": pieces, "OPERAND": OPERAND}
+        return self.options | {"CLASS_SIZE": size, "CLASS_PIECES": pieces}
 
     def groups(self, with_windows: bool) -> list[slice]:
         """Images that are taken together, so that their windows stay small."""

@@ -2,9 +2,10 @@
 
 A tile of P = 64 pixels is the rows of every matrix here and outputs or classes are the columns, in pieces of 16, 32 or 64
 held in registers as a tuple, so that 40 bits take 48 columns and not 64. As in attention kernels, the result [P, 16] of one
-product is then the left operand of the next without going through shared memory. Products with codewords (+1 and -1, exact
-in bfloat16) split their other operand in three bfloat16 parts, which keep all 24 bits of a float32, and sum in float32 on
-tensor cores; interpolation uses tf32x3.
+product is then the left operand of the next without going through shared memory. Tensor cores multiply TF32 numbers of 11
+bits and sum in float32: of a product with codewords (+1 and -1, exact) the other operand is split in two, which keeps 22
+bits, and interpolation uses Triton's tf32x3, which splits both. What is left is bound by instructions: exp, log and 1/x are
+one each (their hardware approximations, good to 1 or 2 units of the last place), signs are flipped by xor.
 
 Shapes: P pixels of a tile, C cells of its window, K outputs, N classes, A a piece of K, D a piece of N.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 SIZES = ["h", "w", "H", "W", "tiles", "tiles_x", "K", "N", "limit", "most_y", "most_x"]
 """Numbers of which 1 is no case of its own: else Triton compiles anew for an image or window of one row."""
@@ -83,21 +86,15 @@ def upsampled(logits, weight_PC, offset_C, cell_C, index_P, inside_P, K, stride_
 
 
 @triton.jit
-def sign_dot(left, signs, sum, OPERAND: tl.constexpr):
-    """sum + left @ signs, for signs of +1, -1 and 0: exact products of three parts of `left`, summed in float32. OPERAND is
-    bfloat16, or float32 for the interpreter, which has no product of bfloat16 matrices."""
-    high = left.to(tl.bfloat16)
-    rest = left - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    signs = signs.to(OPERAND)
-    sum = tl.dot(low.to(OPERAND), signs, sum, input_precision="ieee")
-    sum = tl.dot(middle.to(OPERAND), signs, sum, input_precision="ieee")
-    return tl.dot(high.to(OPERAND), signs, sum, input_precision="ieee")
+def sign_dot(left, signs, sum):
+    """sum + left @ signs, for signs of +1, -1 and 0, on tensor cores: products of two parts of `left` of 11 and 13 bits."""
+    high = (left.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    sum = tl.dot(left - high, signs, sum, input_precision="tf32")
+    return tl.dot(high, signs, sum, input_precision="tf32")
 
 
 @triton.jit
-def with_codewords(pieces, signs, P: tl.constexpr, OPERAND: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr,
+def with_codewords(pieces, signs, P: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr,
                    CLASS_SIZE: tl.constexpr, CLASS_PIECES: tl.constexpr):
     """Product of each pixel's outputs with each class's codeword of signs. Shape: a tuple of [P, D]."""
     products = ()
@@ -107,7 +104,7 @@ def with_codewords(pieces, signs, P: tl.constexpr, OPERAND: tl.constexpr, SIZE: 
         for i in tl.static_range(PIECES):
             k_A = i * SIZE + tl.arange(0, SIZE)
             signs_AD = tl.load(signs + n_D[None, :] * (SIZE * PIECES) + k_A[:, None])
-            sum_PD = sign_dot(pieces[i], signs_AD, sum_PD, OPERAND)
+            sum_PD = sign_dot(pieces[i], signs_AD, sum_PD)
         products = products + (sum_PD,)
     return products
 
@@ -127,18 +124,35 @@ def first_best(scores, SIZE: tl.constexpr, PIECES: tl.constexpr):
 @triton.jit
 def bits_of(first_P, second_P, piece: tl.constexpr, SIZE: tl.constexpr):
     """Bits of a piece of the outputs, from words of 64. Shape: bool [P, A]."""
-    at_A = (piece * SIZE) % 64 + tl.arange(0, SIZE).to(tl.int64)
+    return ((_part(first_P, second_P, piece, SIZE)[:, None] >> tl.arange(0, SIZE)[None, :]) & 1) != 0
+
+
+@triton.jit
+def sign_masks(first_P, second_P, piece: tl.constexpr, SIZE: tl.constexpr):
+    """The sign bit alone where a bit is 0, else nothing: xor with it multiplies a float by +1 or -1. Shape: int32 [P, A]."""
+    return (~_part(first_P, second_P, piece, SIZE)[:, None] << (31 - tl.arange(0, SIZE))[None, :]) & -2147483648
+
+
+@triton.jit
+def flipped(values, masks):
+    """Values with the sign that `sign_masks` gives them."""
+    return (values.to(tl.int32, bitcast=True) ^ masks).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _part(first_P, second_P, piece: tl.constexpr, SIZE: tl.constexpr):
+    """Bits of a piece in the low bits of 32: shifts of 64 are several instructions each. Shape: int32 [P]."""
     if piece * SIZE < 64:
-        return ((first_P[:, None] >> at_A[None, :]) & 1) != 0
+        return (first_P >> (piece * SIZE)).to(tl.int32)
     else:
-        return ((second_P[:, None] >> at_A[None, :]) & 1) != 0
+        return (second_P >> (piece * SIZE - 64)).to(tl.int32)
 
 
 @triton.jit
 def packed(bits_PA, piece: tl.constexpr, SIZE: tl.constexpr):
     """Bits of a piece in their places of a word of 64. Shape: int64 [P]."""
-    at_A = (piece * SIZE) % 64 + tl.arange(0, SIZE).to(tl.int64)
-    return tl.sum(bits_PA.to(tl.int64) << at_A[None, :], 1)
+    part_P = tl.sum(bits_PA.to(tl.int32) << tl.arange(0, SIZE)[None, :], 1)
+    return part_P.to(tl.int64) << (piece * SIZE) % 64
 
 
 @triton.jit
@@ -151,3 +165,36 @@ def popcount(words):
     words += words >> 16
     words += words >> 32
     return (words & 127).to(tl.int32)
+
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """2 to the power x, by the one instruction there is for it; 0 and infinity at the ends."""
+    if FAST:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """Logarithm of a number that is not tiny, by one instruction."""
+    if FAST:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    """1 / x, to the last bit but one, by one instruction; 0 for infinity."""
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    return reciprocal(1.0 + exp2(x * -LOG2_E, FAST), FAST)
