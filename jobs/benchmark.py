@@ -89,7 +89,7 @@ def measure(run: Callable[[], Any], args: argparse.Namespace) -> dict[str, float
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if on_gpu else highest_resident()
     return {"seconds": statistics.median(seconds[1:]), "cpu_seconds": min(cpu_seconds[1:]),
             "megabytes": max(0, peak - before) / 2**20}
 
@@ -101,6 +101,15 @@ def forget_peak() -> int:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest_resident() -> int:
+    """Most bytes resident since `forget_peak`. Not `ru_maxrss` where it can be helped: a child inherits its parent's."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine(device: str) -> dict[str, Any]:
