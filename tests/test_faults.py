@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -34,6 +35,7 @@ from ecocseg import checkpoint, launch, loop
 from ecocseg.checkpoint import Checkpoints
 from ecocseg.config import RunConfig
 from ecocseg.data.pipeline import Stream
+from ecocseg.data.reading import read_rows
 from ecocseg.data.shards import read_manifest
 from ecocseg.engine import World, build_engine
 from ecocseg.errors import InputError, StorageUnavailable
@@ -483,6 +485,57 @@ def test_a_slow_worker_is_named_and_changes_nothing(tiny: Path, tmp_path: Path) 
 # Ray: what reads for a worker is lost
 
 
+def ids(config: RunConfig, manifest: Any, steps: int, before: Callable[[int], None] = lambda step: None) -> list[list[str]]:
+    """Image ids of a stream's first steps; a function is called before each."""
+    with loop.open_stream(config, "unlabeled", manifest, World(), 0, 1) as stream:
+        found = []
+        for step in range(steps):
+            before(step)
+            found.append([image_id for batch in next(stream) for image_id in batch.image_ids])
+        return found
+
+
+@pytest.mark.parametrize("deaths", [{3, 9, 10, 17}, {5, 6, 7, 8, 9}])
+def test_reading_begins_again_where_it_was(
+        tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: set[int]) -> None:
+    """In place of Ray: answers that come when they are asked for, of which some say that the actor is lost. Fails without
+    `_begin_again` in `RaySource`; four losses with nothing read in between are given on."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    manifest, storage, asked, killed = read_manifest(str(tiny / "target")), Storage(), [0], list[Any]()
+
+    class Actor:
+        def __getattr__(self, name: str) -> Any:  # .options(...), .execute, .remote(requests, num_bytes)
+            return self if name in ("execute", "options") else object.__getattribute__(self, name)
+
+        def __call__(self, **options: Any) -> Any:
+            return self
+
+        def remote(self, *given: Any) -> Any:
+            return iter(given[0]) if isinstance(given[0], list) else Actor()
+
+    def get(request: Any) -> Any:
+        asked[0] += 1
+        if asked[0] in deaths:
+            raise RayActorError()
+        return read_rows(request, manifest, storage, ("image_id", "image"))
+
+    monkeypatch.setattr("ecocseg.data.reading.ITEM_USES", 16)  # many small reads
+    monkeypatch.setattr(ray, "remote", lambda kind: Actor())
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0" * 56))
+    through_ray = tiny_config(tiny, tmp_path, data__loader="ray")
+    if len(deaths) == 5:
+        with pytest.raises(RayActorError):
+            ids(through_ray, manifest, 80)
+        return
+    assert ids(through_ray, manifest, 80) == ids(tiny_config(tiny, tmp_path), manifest, 80)
+    assert len(killed) == 4 and asked[0] > 17
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["actor", "tasks"])
 def test_a_stream_goes_on_when_what_reads_for_it_is_killed(
@@ -494,15 +547,6 @@ def test_a_stream_goes_on_when_what_reads_for_it_is_killed(
     monkeypatch.setattr("ecocseg.data.reading.ITEM_USES", 16)  # many small reads
     manifest = read_manifest(str(tiny / "target"))
 
-    def ids(config: RunConfig, kill: Callable[[], None] | None = None) -> list[list[str]]:
-        with loop.open_stream(config, "unlabeled", manifest, World(), 0, 1) as stream:
-            steps = []
-            for number in range(40):
-                if number in (8, 24) and kill is not None:
-                    kill()
-                steps.append([image_id for batch in next(stream) for image_id in batch.image_ids])
-            return steps
-
     def kill() -> None:
         word = "Ingest" if lost == "actor" else "_read_block"
         for process in psutil.process_iter(["cmdline", "ppid"]):
@@ -513,10 +557,11 @@ def test_a_stream_goes_on_when_what_reads_for_it_is_killed(
                 killed.append(title)
 
     killed: list[str] = []
-    want = ids(tiny_config(tiny, tmp_path))
+    want = ids(tiny_config(tiny, tmp_path), manifest, 40)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
     try:
-        assert ids(tiny_config(tiny, tmp_path, data__loader="ray", data__prefetch_mb=1), kill) == want
+        config = tiny_config(tiny, tmp_path, data__loader="ray", data__prefetch_mb=1)
+        assert ids(config, manifest, 40, lambda step: kill() if step in (8, 24) else None) == want
     finally:
         ray.shutdown()
     assert killed or lost == "tasks"  # a task may be between two reads
