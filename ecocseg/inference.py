@@ -10,6 +10,7 @@ import torch
 
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalSpec
+from ecocseg.storage_options import add_storage_arguments
 
 if TYPE_CHECKING:
     from ecocseg.checkpoint import Loaded
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for device, storage and prediction; what is not given stays as the checkpoint's configuration has it."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, else cpu)")
-    parser.add_argument("--endpoint", metavar="URL",
-                        help="S3-compatible server for s3:// paths (default: AWS_ENDPOINT_URL, else AWS; for data the "
-                        "one of the checkpoint's run)")
+    add_storage_arguments(parser, "what the environment says, else AWS; for data what the checkpoint's run has")
     group = parser.add_argument_group("how to predict (default: as the checkpoint's run did)")
     group.add_argument("--mode", choices=["whole", "slide"], help="whole image, or overlapping windows")
     group.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="window size in pixels")
@@ -56,21 +55,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def checkpoint_storage(options: argparse.Namespace) -> Storage | None:
-    """Where `--endpoint` points; None without it."""
-    if not options.endpoint:
-        return None
-    from ecocseg.storage import Storage
-
-    return Storage(endpoint=options.endpoint)
-
-
-def load(path: str, which: str, storage: Storage | None, device: torch.device) -> Loaded:
+def load(path: str, which: str, storage: Storage, device: torch.device) -> Loaded:
     """A checkpoint's model on `device`, in eval mode; `which`: student, teacher, or auto (teacher if there is one)."""
     from ecocseg.checkpoint import load_for_inference
-    from ecocseg.storage import Storage
 
-    (storage or Storage()).check(path)
+    storage.check(path)
     if which == "auto":
         student = load_for_inference(path, "student", storage)  # the error of a missing checkpoint is this one's
         try:

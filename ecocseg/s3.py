@@ -48,6 +48,12 @@ REMEDIES = {
     "AuthorizationHeaderMalformed": "the bucket lies in another region; set storage.region or AWS_DEFAULT_REGION",
     "AccessDenied": "access is denied; check the credentials in the environment and the bucket's policy"}
 """What to do, by what the server says."""
+ABOUT_CREDENTIALS = [REMEDIES[code] for code in (
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AccessDenied")]
+SOURCES = {"env": "the environment (AWS_ACCESS_KEY_ID)", "shared-credentials-file": "the AWS credentials file",
+           "config-file": "the AWS config file", "iam-role": "the machine's role", "container-role": "the container's role",
+           "assume-role": "a role that is assumed", "assume-role-with-web-identity": "a role by web identity", "sso": "SSO"}
+"""Where boto3 found credentials, in words."""
 NO_CREDENTIALS = ("there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), or "
                   "storage.anonymous=true for a public bucket")
 
@@ -164,7 +170,8 @@ class S3:
             except Exception as error:
                 remedy = self._look_at(doing, error)
                 if remedy is not None:
-                    raise InputError(f"cannot {doing}: {remedy}") from None
+                    source = f" (credentials: {self.credentials()})" if remedy in ABOUT_CREDENTIALS else ""
+                    raise InputError(f"cannot {doing}: {remedy}{source}") from None
                 wait = pause * _JITTER.uniform(0.5, 1)
                 if number == self.retries or time.monotonic() + wait > started + self.deadline:
                     raise StorageUnavailable(self._away(doing, error, number + 1, time.monotonic() - started)) from None
@@ -258,6 +265,34 @@ class S3:
             raise
         finally:
             pool.shutdown()
+
+    def create(self, bucket: str, key: str, data: bytes) -> bool:
+        """Write an object unless there is one. False may also mean that a try whose answer was lost did write it."""
+        def request() -> bool:
+            try:
+                self.client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            except Exception as error:
+                refused = getattr(error, "response", None) is not None and _code(error)
+                if refused and (refused[0] in ("PreconditionFailed", "ConditionalRequestConflict") or refused[1] == 412):
+                    return False
+                if refused and (refused[0] == "NotImplemented" or refused[1] == 501):  # a server without conditions
+                    self.client.put_object(Bucket=bucket, Key=key, Body=data)
+                    return True
+                raise
+            return True
+
+        return self.persist(f"write s3://{bucket}/{key}", request)
+
+    def credentials(self) -> str:
+        """Where the credentials of requests come from; never what they are."""
+        if self.anonymous:
+            return "nowhere: anonymous"
+        if google.takes_tokens(self.endpoint, self.anonymous):
+            return "Google's own, for this machine's account"
+        import boto3
+
+        found = boto3.session.Session().get_credentials()
+        return "nowhere: none found" if found is None else SOURCES.get(found.method, found.method)
 
     def _complete(self, target: dict[str, Any], parts: list[dict[str, Any]], size: int) -> None:
         try:

@@ -146,6 +146,24 @@ class Storage:
         with _new_file(url, path) as file:
             file.writelines(data.pieces() if isinstance(data, TensorFile) else [data])
 
+    def create(self, url: str, data: bytes) -> bool:
+        """Write a small file unless there is one; of several who try at once, one is told that it did.
+
+        Raises:
+            InputError: when it cannot be written, naming the URL.
+        """
+        s3, bucket, path = self._parse(url)
+        if s3 is not None:
+            return s3.create(bucket, path, data)
+        with _writing(url):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(path, "xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+        return True
+
     def exists(self, url: str) -> bool:
         """Whether there is such a file, or a folder with something in it."""
         s3, bucket, path = self._parse(url)
@@ -236,6 +254,11 @@ class Storage:
             with _at_once():
                 s3.check(bucket, path)
 
+    def credentials(self, url: str) -> str | None:
+        """Where the credentials for a bucket come from, never what they are; None for a local path."""
+        s3 = self._parse(url)[0]
+        return None if s3 is None else s3.credentials()
+
     def check_writable(self, url: str) -> None:
         """Write and delete a small file, with little patience so that what is wrong shows soon.
 
@@ -243,12 +266,18 @@ class Storage:
             InputError: when that fails, with the reason.
         """
         quick, probe = self.soon(), join(url, f".writable-{uuid.uuid4().hex[:8]}")
+        s3, _, path = self._parse(url)
+        made = [] if s3 else [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
         try:
             with _at_once():
                 quick.write_bytes(probe, b"ok")
                 quick.delete(probe)
         except InputError as error:
             raise InputError(str(error).replace(probe, url)) from None
+        finally:
+            for folder in made:  # a question leaves nothing behind
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _is_http(endpoint: str) -> bool:

@@ -41,9 +41,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from ecocseg import inference
-    from ecocseg.checkpoint import build_storage
     from ecocseg.data.shards import iter_rows, read_manifest
     from ecocseg.evaluate import evaluate, samples_of_rows, table
+    from ecocseg.storage_options import storage_of
     from ecocseg.volumes import volume_names
 
     if options.json:
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     loaded = load_models(options, device)
     one = next(iter(loaded.values()))
     spec = inference.override(one.spec, options)
-    storage = inference.checkpoint_storage(options) or build_storage(one.config)
+    storage = storage_of(options, one.config.storage)
     storage.check(options.data)
     manifest = read_manifest(options.data, storage)
     check_data(options.data, manifest, one)
@@ -77,8 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
 def load_models(options: argparse.Namespace, device: Any) -> dict[str, Loaded]:
     """The models to evaluate by name; with `both`, a checkpoint without a teacher gives its student alone."""
     from ecocseg import inference
+    from ecocseg.storage_options import storage_of
 
-    storage = inference.checkpoint_storage(options)
+    storage = storage_of(options)
     if options.which != "both":
         return {options.which: inference.load(options.checkpoint, options.which, storage, device)}
     loaded = {"student": inference.load(options.checkpoint, "student", storage, device)}

@@ -50,13 +50,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from ecocseg import inference
+    from ecocseg.storage_options import storage_of
 
     if not 0 <= options.alpha <= 1:
         raise InputError(f"--alpha {options.alpha} is not a share; give 0 (image alone) to 1 (classes alone)")
     names = output_names(find_images(options.images), Path(options.images))
     out = make_folder(options.out)
     device = inference.choose_device(options.device)
-    loaded = inference.load(options.checkpoint, options.which, inference.checkpoint_storage(options), device)
+    loaded = inference.load(options.checkpoint, options.which, storage_of(options), device)
     spec = inference.override(loaded.spec, options)
     check_dates(loaded, options.second)
     write_classes(out, loaded)

@@ -55,6 +55,7 @@ from ecocseg.data.sources import (
 from ecocseg.data.sources.pairs import Source
 from ecocseg.errors import InputError, run_main
 from ecocseg.storage import Storage, is_remote, join
+from ecocseg.storage_options import add_storage_arguments, storage_of
 
 SHOWN_PROBLEMS = 20
 SHOWN_SIZES = 8
@@ -125,9 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     reach = argparse.ArgumentParser(add_help=False)
-    reach.add_argument("--endpoint", help="URL of an S3-compatible server (default: AWS, or AWS_ENDPOINT_URL)")
-    reach.add_argument("--region", help="region of the bucket (default: AWS_DEFAULT_REGION, or us-east-1)")
-    reach.add_argument("--anonymous", action="store_true", help="read a public bucket without credentials")
+    add_storage_arguments(reach)
     write = argparse.ArgumentParser(add_help=False, parents=[reach])
     write.add_argument("--out", required=True, metavar="URL", help="folder to write to: a local path or s3://bucket/key")
     write.add_argument("--overwrite", action="store_true", help="replace shards of something else that are there")
@@ -210,12 +209,8 @@ def _add_split(group: Any) -> None:
                        help="OUT/unlabeled refers to the shards of OUT/labeled as well")
 
 
-def _storage(options: argparse.Namespace) -> Storage:
-    return Storage(endpoint=options.endpoint, region=options.region, anonymous=options.anonymous)
-
-
 def run_demo(options: argparse.Namespace) -> None:
-    storage = _storage(options)
+    storage = storage_of(options)
     storage.check_writable(options.out)
     there = [url for url in (join(options.out, part) for part in demo.PARTS) if storage.exists(join(url, shards.MANIFEST))]
     if there and not options.overwrite:
@@ -228,7 +223,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_source(options: argparse.Namespace) -> None:
     """Pack a data set, in one part or as a split."""
-    storage = _storage(options)
+    storage = storage_of(options)
     if not options.dry_run:
         storage.check_writable(options.out)  # before anything is read
     settings = Settings(options.shard_mb << 20, options.row_group_rows, options.max_side, options.jpeg_quality)
@@ -329,7 +324,7 @@ class ProgressLine:
 
 
 def run_check(options: argparse.Namespace) -> None:
-    storage = _storage(options)
+    storage = storage_of(options)
     storage.check(options.url)
     manifest = read_manifest(options.url, storage)
     lost = shards.file_problems(manifest, storage, checksums=True)

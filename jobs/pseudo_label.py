@@ -83,11 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from prepare_shards import ProgressLine
 
-    from ecocseg import inference, labelling
-    from ecocseg.checkpoint import build_storage
+    from ecocseg import labelling
+    from ecocseg.storage_options import storage_of
 
     labeler = load(options)
-    storage = inference.checkpoint_storage(options) or build_storage(labeler.last.config)
+    storage = storage_of(options, labeler.last.config.storage)
     plan = make_plan(options, labeler, storage)
     workers, device = labelling.place_workers(options.workers, options.device, len(plan.pool.files))
     together = read_together(options, storage)
@@ -109,10 +109,11 @@ def load(options: argparse.Namespace) -> Labeler:
 
     from ecocseg import inference
     from ecocseg.labelling_shard import GPU_BATCH, Labeler
+    from ecocseg.storage_options import storage_of
 
     if options.keep is not None and not options.checkpoints:
         raise InputError("--keep: the most stable images are known by earlier checkpoints only; give --checkpoints")
-    storage, cpu = inference.checkpoint_storage(options), torch.device("cpu")
+    storage, cpu = storage_of(options), torch.device("cpu")
     device = inference.choose_device(options.device)
     last, *earlier = [inference.load(path.strip(), options.which, storage, cpu)
                       for path in (options.checkpoint, *filter(None, options.checkpoints.split(",")))]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone 
 from ecocseg.errors import InputError, run_main
 from ecocseg.report import BASELINE, curve_table, read_runs, scores_table
 from ecocseg.report_costs import costs_table
-from ecocseg.storage import Storage
+from ecocseg.storage_options import add_storage_arguments, storage_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,14 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--best", action="store_true", help="best evaluation of a run instead of its last")
     parser.add_argument("--baseline", default=BASELINE, help=f"variant that others are compared with, default {BASELINE}")
     parser.add_argument("--curve", metavar="KEY", help="show this metric over the steps, e.g. pseudo/weight")
-    parser.add_argument("--endpoint", help="URL of an S3-compatible server")
+    add_storage_arguments(parser)
     options = parser.parse_args(arguments)
+    storage = storage_of(options)
     if all(folder.endswith(".json") for folder in options.folders):
-        storage = Storage(endpoint=options.endpoint)
         for url in options.folders:
             print(costs_table(json.loads(storage.read_bytes(url))) + "\n")
         return 0
-    runs = [run for folder in options.folders for run in read_runs(folder, Storage(endpoint=options.endpoint))]
+    runs = [run for folder in options.folders for run in read_runs(folder, storage)]
     if not runs:
         raise InputError(f"{', '.join(options.folders)}: there is no run; give the folder that holds the runs' folders")
     if options.curve:

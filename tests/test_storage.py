@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
@@ -64,7 +65,7 @@ def test_unwritable_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*/file/run: .*give another place"):
         Storage().check_writable(str(tmp_path / "file" / "run"))
     Storage().check_writable(str(tmp_path / "run"))
-    assert os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path) == ["file"]  # a question leaves nothing behind
 
 
 @pytest.mark.parametrize(("url", "message"), [("gs://b/k", "'gs' is not a storage"), ("s3://", "names no bucket")])
@@ -348,3 +349,20 @@ def test_credentials_in_urls_are_refused_and_not_printed(s3):
 def test_endpoint_that_is_no_url(s3, endpoint):
     with pytest.raises(InputError, match="is no http"):
         Storage(endpoint=endpoint).read_bytes("s3://bucket/run")
+
+
+def test_a_refusal_says_where_the_credentials_are_from_and_not_what_they_are(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTIFIER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "verysecret")
+
+    def refused():
+        raise ClientError({"Error": {"Code": "InvalidAccessKeyId"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject")
+
+    s3 = Storage(endpoint="http://127.0.0.1:1")._s3()
+    with pytest.raises(InputError) as caught:
+        s3.persist("read s3://bucket/key", refused)
+    assert "the access key is unknown there" in str(caught.value)
+    assert "(credentials: the environment (AWS_ACCESS_KEY_ID))" in str(caught.value)
+    assert "AKIDENTIFIER" not in str(caught.value) and "verysecret" not in str(caught.value)
+    assert Storage(anonymous=True).credentials("s3://bucket/key") == "nowhere: anonymous"
+    assert Storage().credentials("/local/path") is None
