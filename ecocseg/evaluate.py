@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecocseg.ahead import in_threads
 from ecocseg.data.transforms import IGNORE, decode_image, decode_mask, second_date
 from ecocseg.errors import InputError
 from ecocseg.volumes import dice, overlap
@@ -402,20 +403,23 @@ def image_of_row(row: Mapping[str, Any], pair: bool) -> Tensor:
     return torch.cat([image_3HW, image_tensor(row["image_b"], f"{name}, second date")])
 
 
-def samples_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor, str | None]]:
+def samples_of_rows(rows: Iterable[Mapping[str, Any]], threads: int = 1) -> Iterator[tuple[Tensor, Tensor, str | None]]:
     """Samples for `evaluate` from shard rows (`image_id`, `image`, `mask`): uint8 [3, H, W], uint8 [H, W] and the volume, if
-    rows have a `group`. Rows that have `image_b` give the two dates behind one another, [6, H, W].
+    rows have a `group`. Rows that have `image_b` give the two dates behind one another, [6, H, W]. A few are decoded ahead.
 
     Raises InputError naming the image if it or its mask does not decode or their sizes differ.
     """
-    for row in rows:
-        name = str(row["image_id"])
-        image_3HW = image_of_row(row, "image_b" in row)
-        labels_HW = torch.from_numpy(np.array(decode_mask(row["mask"], name)))
-        if labels_HW.shape != image_3HW.shape[1:]:
-            sizes = f"{tuple(image_3HW.shape[1:])} but its mask {tuple(labels_HW.shape)} (height, width)"
-            raise InputError(f"image_id {name!r}: the image is {sizes}; pack the pair again with equal sizes")
-        yield image_3HW, labels_HW, row.get("group")
+    yield from in_threads(_sample, rows, threads)
+
+
+def _sample(row: Mapping[str, Any]) -> tuple[Tensor, Tensor, str | None]:
+    name = str(row["image_id"])
+    image_3HW = image_of_row(row, "image_b" in row)
+    labels_HW = torch.from_numpy(np.array(decode_mask(row["mask"], name)))
+    if labels_HW.shape != image_3HW.shape[1:]:
+        sizes = f"{tuple(image_3HW.shape[1:])} but its mask {tuple(labels_HW.shape)} (height, width)"
+        raise InputError(f"image_id {name!r}: the image is {sizes}; pack the pair again with equal sizes")
+    return image_3HW, labels_HW, row.get("group")
 
 
 @torch.no_grad()

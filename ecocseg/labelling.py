@@ -23,6 +23,7 @@ from ecocseg.data.classes import ClassList
 from ecocseg.data.packing import Progress, tidy
 from ecocseg.data.packing_plan import NOTES, Shard
 from ecocseg.data.packing_shard import Packed, done_before
+from ecocseg.data.pixels import with_pixel_file
 from ecocseg.data.pseudo import OPTION
 from ecocseg.data.shards import (
     MANIFEST,
@@ -265,6 +266,7 @@ def _write_manifest(manifest: Manifest, own: set[str], storage: Storage) -> Mani
     manifest = replace(manifest, num_rows=rows, num_labeled=rows)
     check_files(manifest, storage)
     tidy(manifest.url, storage, own, manifest.options.get("damaged", ()))
+    manifest = with_pixel_file(manifest, storage)
     storage.write_bytes(join(manifest.url, MANIFEST), manifest.to_json())
     storage.delete(join(manifest.url, NOTES))
     return manifest

@@ -266,7 +266,8 @@ def test_killed_half_way_in_a_bucket_and_gone_on_with_by_ray(job, tiny, pool, la
     made = read_manifest("s3://bucket/out", storage)
     assert [row["image_id"] for row in iter_rows(made, storage=storage)] == [f"image-{n}" for n in range(IMAGES)]
     assert made.files == labelled["ecoc"].files  # byte for byte what one process makes of local files in one go
-    assert storage.list_files("s3://bucket/out", recursive=True) == sorted(["manifest.json", *(f.name for f in made.files)])
+    assert storage.list_files("s3://bucket/out", recursive=True) == sorted(
+        ["class_pixels.arrow", "manifest.json", *(f.name for f in made.files)])
     assert job.main(arguments) == 0 and read_manifest("s3://bucket/out", storage) == made  # nothing is left to do
 
 

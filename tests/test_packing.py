@@ -415,7 +415,7 @@ def test_into_a_bucket_from_a_folder_and_from_a_bucket(bucket, root, tmp_path, r
     made = packing.pack(listed(root), out, shard_bytes=SMALL)
     local = packing.pack(listed(root), str(tmp_path / "out"), shard_bytes=SMALL)
     assert made.num_rows == 18 and storage.list_files(out, recursive=True) == sorted(
-        ["manifest.json", *(file.name for file in made.files)])
+        ["class_pixels.arrow", "manifest.json", *(file.name for file in made.files)])
     assert [row["image_id"] for row in iter_rows(made)] == [row["image_id"] for row in iter_rows(local)]
 
     storage.upload_dir(str(root / "images"), f"{bucket}/raw")

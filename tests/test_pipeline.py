@@ -20,7 +20,8 @@ from PIL import Image
 from ecocseg.data import reading
 from ecocseg.data.classes import ClassList
 from ecocseg.data.order import RareClass, stream_key
-from ecocseg.data.pipeline import Stream, class_pixel_array
+from ecocseg.data.pipeline import Stream
+from ecocseg.data.pixels import class_pixel_array
 from ecocseg.data.shards import Record, read_manifest, read_metadata, write_shards
 from ecocseg.data.transforms import WeakTransform
 from ecocseg.errors import InputError
@@ -266,7 +267,7 @@ def test_a_missing_shard_reaches_the_consumer_by_name(tmp_path):
         ({"micro_batches": 3}, r"3 equal micro-batches; use one of \[1, 2, 4, 8\]"),
         ({"loader": "tf"}, "data.loader='tf'"),
         ({"sampling": "odd"}, "sampling='odd'"),
-        ({"sampling": "rare_class", "rare_class": RareClass(min_pixels=10**6)}, "min_pixels=1000000"),
+        ({"sampling": "rare_class", "rare_class": RareClass(min_pixels=10**6)}, "more than 1000000 pixels"),
     ],
 )
 def test_bad_arguments_say_what_fits(manifest, change, message):
@@ -282,10 +283,14 @@ def test_the_watchdog_names_the_stage(manifest, monkeypatch, stage):
     else:
         monkeypatch.setattr(Stream, "_decode", lambda *a: held.wait(20))
     source = stream(manifest, timeout_s=0.6)
+    warnings = []
+    source.warn = warnings.append
     began = time.perf_counter()
-    with pytest.raises(RuntimeError, match=f"'source', step 0: no batch for 0.6 s, stuck while {stage}"):
+    with pytest.raises(RuntimeError, match=f"'source', step 0, worker 0: no batch for 0.6 s, stuck while {stage}"):
         next(source)
     held.set()
+    (warning,) = warnings
+    assert f"no batch for 0.3 s, stuck while {stage}" in warning
     assert time.perf_counter() - began < 8
     assert source.wait_seconds >= 0.6
 

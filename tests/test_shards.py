@@ -7,13 +7,16 @@ import json
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ecocseg.data import shards
 from ecocseg.data.classes import CLASS_LISTS, ClassList
+from ecocseg.data.pixels import class_pixel_array, read_class_pixels
 from ecocseg.data.shards import (
     Record,
     check_files,
@@ -24,6 +27,7 @@ from ecocseg.data.shards import (
     write_shards,
 )
 from ecocseg.errors import InputError
+from ecocseg.storage import Storage
 
 CLASSES = ClassList("tiny", ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (2,))
 
@@ -85,7 +89,58 @@ def test_row_groups_and_ranks(packed):
     assert names == [r.image_id for r in make()] == read_metadata(packed, ["image_id"])["image_id"].to_pylist()
     for world in (1, 2, 3, 20):
         parts = [[row["image_id"] for row in iter_rows(packed, rank, world, ["image_id"])] for rank in range(world)]
-        assert parts == [names[rank::world] for rank in range(world)]
+        assert [name for part in parts for name in part] == names
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_rank_reads_no_row_group_but_those_of_its_rows(packed, monkeypatch):
+    opened, read, plain = [], [], shards._parquet
+
+    class Recorder:
+        def __init__(self, number, file):
+            self.number, self.file = number, file
+
+        def read_row_group(self, group, columns):
+            read.append((self.number, group))
+            return self.file.read_row_group(group, columns=columns)
+
+    def parquet(manifest, number, storage):
+        opened.append(number)
+        return Recorder(number, plain(manifest, number, storage))
+
+    monkeypatch.setattr(shards, "_parquet", parquet)
+    groups = len(packed.row_group_table()[0])
+    for world in (1, 2, 3):
+        read.clear()
+        for rank in range(world):
+            opened.clear()
+            list(iter_rows(packed, rank, world))
+            assert len(opened) == len(set(opened))
+        assert len(read) <= groups + world - 1 and len(set(read)) == groups
+
+
+def test_class_pixels_of_all_rows_are_one_file(packed, monkeypatch):
+    want = class_pixel_array(read_metadata(packed).column("class_pixels"), 3)
+    assert want.shape == (11, 3) and want.sum() == sum(packed.class_pixels)
+    monkeypatch.setattr(shards, "_parquet", None)
+    assert (read_class_pixels(read_manifest(packed.url), Storage()) == want).all()
+
+
+def test_class_pixels_come_from_the_shards_where_the_file_is_damaged_lost_or_was_never_written(packed):
+    want = read_class_pixels(packed, Storage())
+    path = Path(packed.url, "class_pixels.arrow")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert (read_class_pixels(packed, Storage()) == want).all()
+    path.unlink()
+    assert (read_class_pixels(packed, Storage()) == want).all()
+    manifest = Path(packed.url, "manifest.json")
+    plain = json.loads(manifest.read_text())
+    del plain["class_pixels_file"]
+    manifest.write_text(json.dumps(plain))
+    older = read_manifest(packed.url)
+    assert older.pixel_file is None and (read_class_pixels(older, Storage()) == want).all()
 
 
 def test_shards_are_about_as_large_as_asked(packed):
@@ -108,7 +163,7 @@ def test_hash_follows_content_not_place(packed, tmp_path):
 
 def test_writing_again_leaves_no_old_shard(packed):
     fewer = write_shards(make(3), packed.url, dataset="tiny", classes=CLASSES)
-    assert sorted(os.listdir(packed.url)) == ["manifest.json", "shard-00000.parquet"]
+    assert sorted(os.listdir(packed.url)) == ["class_pixels.arrow", "manifest.json", "shard-00000.parquet"]
     assert read_manifest(packed.url) == fewer
 
 

@@ -178,8 +178,8 @@ def class_probabilities(class_pixels: Ints, rare: RareClass) -> NDArray[np.float
     drawable = (class_pixels > rare.min_pixels).any(axis=0)
     if not drawable.any():
         raise InputError(
-            f"rare-class sampling: no image has more than min_pixels={rare.min_pixels} pixels of any class "
-            f"(the most is {class_pixels.max(initial=0)}); lower min_pixels or sample uniformly"
+            f"data.rare_min_pixels: no image has more than {rare.min_pixels} pixels of any class "
+            f"(the most is {class_pixels.max(initial=0)}); lower it, or use data.sampling=uniform"
         )
     frequency = class_pixels.sum(axis=0, dtype=np.float64)
     frequency /= frequency.sum()
@@ -304,7 +304,8 @@ class Order:
         self.global_batch, self.lanes = global_batch, lanes or default_lanes(global_batch)
         if global_batch % self.lanes:
             fitting = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
-            raise InputError(f"lanes={self.lanes} do not divide the global batch {global_batch}; use one of {fitting}")
+            raise InputError(f"data.lanes: {self.lanes} lanes do not divide the global batch of {global_batch} images of "
+                             f"stream {stream!r}; use one of {fitting}, or null")
         self.lane_width = global_batch // self.lanes
         self.window_rows, self.stream, self.seed = window_rows, stream, (seed, stream_key(stream))
         self._passes: _UniformPasses | _RareClassPasses = _UniformPasses(self.group_rows, self.seed)
@@ -325,8 +326,8 @@ class Order:
         if world < 1 or self.lanes % world:
             fitting = [d for d in range(1, self.lanes + 1) if self.lanes % d == 0]
             raise InputError(
-                f"stream {self.stream!r}: {world} workers cannot share {self.lanes} lanes "
-                f"(global batch {self.global_batch}) evenly; use one of {fitting} workers"
+                f"launch.workers: {world} workers cannot share the {self.lanes} lanes of stream {self.stream!r} evenly "
+                f"(global batch {self.global_batch}); use one of {fitting} workers, or other data.lanes"
             )
 
     def windows(

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from ecocseg.data.packing_plan import NOTES, PLAN, Part, Settings, Shard, plan
 from ecocseg.data.packing_shard import Packed, Task, done_before, make_row, pack_shard, task_of
+from ecocseg.data.pixels import with_pixel_file
 from ecocseg.data.shards import MANIFEST, Manifest, check_files, file_problems, read_manifest
 from ecocseg.data.sources.pairs import Source
 from ecocseg.errors import InputError
@@ -234,6 +235,7 @@ def _finish(part: Part, results: Mapping[int, Packed], other: Manifest | None) -
                         tuple(files), tuple(int(total) for total in totals), options=options)
     check_files(manifest, part.storage)
     tidy(part.destination, part.storage, {file.name for file in files}, skipped)
+    manifest = with_pixel_file(manifest, part.storage)
     part.storage.write_bytes(join(part.destination, MANIFEST), manifest.to_json())
     part.storage.delete(join(part.destination, NOTES))
     return manifest

@@ -17,14 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ecocseg.data.decoding import TASK_ROWS, Decoder, Encoded, RayDecoder
-from ecocseg.data.order import Ints, Order, RareClass, default_lanes, stream_key
+from ecocseg.data.order import Order, RareClass, default_lanes, stream_key
 from ecocseg.data.reading import Item, RaySource, ThreadSource, WindowRows, plan_items, read_rows, table_rows
 from ecocseg.data.transforms import IGNORE, WeakTransform
 from ecocseg.errors import InputError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ecocseg.data.shards import Manifest
     from ecocseg.storage import Storage
 
+Taken = TypeVar("Taken")
 WINDOW_BYTES = 256 << 20  # encoded bytes of the windows of all lanes; each rank holds its share
 SHOWN_DAMAGE = 20
 WINDOW_ROWS = (16, 256)  # bounds of a window's rows; more rows mix better
@@ -87,6 +88,19 @@ def _row_bytes(manifest: Manifest) -> float:
     return sum(file.bytes for file in manifest.files) / max(1, manifest.num_rows)
 
 
+def make_order(manifest: Manifest, name: str, seed: int, global_batch: int, lanes: int | None, rare: RareClass | None,
+               storage: Storage) -> Order:
+    """The sample order of stream `name`: uniform, or with `rare` by rare classes, for which metadata of all rows is read."""
+    lanes = lanes or default_lanes(global_batch)
+    pixels = None
+    if rare is not None:
+        from ecocseg.data.pixels import read_class_pixels
+
+        pixels = read_class_pixels(manifest, storage)
+    return Order(manifest.row_group_table(), seed=seed, stream=name, global_batch=global_batch, lanes=lanes,
+                 window_rows=window_rows(manifest, lanes), rare=rare, class_pixels=pixels)
+
+
 class Stream:
     """Iterating yields, step by step and for ever, a list of `micro_batches` Batches: this rank's slice of the global
     batch.
@@ -100,8 +114,9 @@ class Stream:
 
     A damaged row (it does not decode, its mask has another size or an id that is no class) is put aside: its place in
     the batch is padding, so that no other sample moves, and `damaged` names its shard and row. InputError with that list
-    once more than `damage_limit` of the set's rows are damaged, and for arguments that do not fit together; RuntimeError
-    naming the stage if there is no batch within `timeout_s` seconds. Close it when done.
+    once more than `damage_limit` of the set's rows are damaged, after `on_limit` was called, and for arguments that do not
+    fit together; RuntimeError naming the stage if there is no batch within `timeout_s` seconds, of which `warn` is told at
+    half that time. Close it when done.
     """
 
     def __init__(
@@ -134,7 +149,10 @@ class Stream:
         self.manifest, self.name, self.seed, self.transform = manifest, name, seed, transform
         self.storage = storage or DefaultStorage()
         self.columns = tuple(dict.fromkeys(("image_id", *columns)))
-        self.order = self._make_order(global_batch, lanes, sampling, rare_class)
+        if sampling not in ("uniform", "rare_class"):
+            raise InputError(f"stream {name!r}: sampling={sampling!r} is unknown; use uniform or rare_class")
+        rare = rare_class or RareClass() if sampling == "rare_class" else None
+        self.order = make_order(manifest, name, seed, global_batch, lanes, rare, self.storage)
         self.order.check_world(world)
         self.rank, self.world, self.step = rank, world, start_step
         self.width = global_batch // world
@@ -147,6 +165,8 @@ class Stream:
         if loader not in ("ray", "torch"):
             raise InputError(f"data.loader={loader!r} is unknown; use ray or torch")
         self.micro_batches, self.timeout_s, self.wait_seconds = micro_batches, timeout_s, 0.0
+        self.warn: Callable[[str], None] = lambda text: None
+        self.on_limit: Callable[[], None] = lambda: None
         self.damaged: dict[tuple[str, int], str] = {}
         self.most_damaged = int(damage_limit * manifest.num_rows)
         self._loader, self._prefetch, self._read_cpus = loader, prefetch_bytes, read_cpus
@@ -161,26 +181,6 @@ class Stream:
         self._source: RaySource | ThreadSource | None = None
         self._thread: threading.Thread | None = None
 
-    def _make_order(self, global_batch: int, lanes: int | None, sampling: str, rare: RareClass | None) -> Order:
-        lanes = lanes or default_lanes(global_batch)
-        make = partial(
-            Order,
-            self.manifest.row_group_table(),
-            seed=self.seed,
-            stream=self.name,
-            global_batch=global_batch,
-            lanes=lanes,
-            window_rows=window_rows(self.manifest, lanes),
-        )
-        if sampling == "uniform":
-            return make()
-        if sampling != "rare_class":
-            raise InputError(f"stream {self.name!r}: sampling={sampling!r} is unknown; use uniform or rare_class")
-        from ecocseg.data.shards import read_metadata
-
-        column = read_metadata(self.manifest, ["class_pixels"], self.storage).column("class_pixels")
-        return make(rare=rare or RareClass(), class_pixels=class_pixel_array(column, self.manifest.classes.num_classes))
-
     def start(self) -> Stream:
         """Begin to read ahead; iterating does so by itself."""
         if self._thread is None:
@@ -194,36 +194,42 @@ class Stream:
     def __next__(self) -> list[Batch]:
         began = time.perf_counter()
         try:
-            return self._next(began + self.timeout_s)
+            return self._next(began)
         except BaseException:
             self.close()
             raise
         finally:
             self.wait_seconds += time.perf_counter() - began
 
-    def _next(self, deadline: float) -> list[Batch]:
+    def _next(self, began: float) -> list[Batch]:
         if self._stopped.is_set():
             raise RuntimeError(f"stream {self.name!r} is closed")
         self.start()
-        try:
-            pending = self._steps.get(timeout=max(0.0, deadline - time.perf_counter()))
-        except queue.Empty:
-            raise self._late(self._stage) from None
+        pending = self._wait(began, lambda seconds: self._steps.get(timeout=seconds), lambda: self._stage)
         if isinstance(pending, BaseException):
             raise pending
         for sample in pending.samples:
-            try:
-                sample.result(timeout=max(0.0, deadline - time.perf_counter()))
-            except FutureTimeout:
-                raise self._late("decoding") from None
+            self._wait(began, sample.result, lambda: "decoding")
         self.step += 1
         return pending.batches
 
-    def _late(self, stage: str) -> RuntimeError:
-        return RuntimeError(
-            f"stream {self.name!r}, step {self.step}: no batch for {self.timeout_s:g} s, stuck while {stage}; "
-            "check that the storage answers and that the cluster has CPUs left for ingest"
-        )
+    def _wait(self, began: float, take: Callable[[float], Taken], stage: Callable[[], str]) -> Taken:
+        """What `take` gives within the time that is left, with a warning when half of all is gone."""
+        for share in (0.5, 1.0):
+            left = began + share * self.timeout_s - time.perf_counter()
+            if left <= 0 and share < 1:
+                continue
+            try:
+                return take(max(0.0, left))
+            except (queue.Empty, FutureTimeout):
+                if share < 1:
+                    self.warn(self._late(stage(), share * self.timeout_s))
+        raise RuntimeError(self._late(stage(), self.timeout_s))
+
+    def _late(self, stage: str, seconds: float) -> str:
+        return (f"stream {self.name!r}, step {self.step}, worker {self.rank}: no batch for {seconds:g} s, stuck while {stage}; "
+                "check that the storage answers and that the cluster has CPUs left for ingest (data.watchdog_seconds="
+                f"{self.timeout_s:g})")
 
     def close(self) -> None:
         """Stop threads and reading; what is under way is dropped."""
@@ -354,6 +360,7 @@ class Stream:
         file = self.manifest.files[row.file]
         self.damaged[file.name, sum(file.row_groups[: row.group]) + row.row] = damage
         if len(self.damaged) > self.most_damaged:
+            self.on_limit()
             raise damage_error(self.name, self.manifest, self.damaged, self.most_damaged) from None
 
 
@@ -401,12 +408,3 @@ def damage_error(name: str, manifest: Manifest, damaged: Mapping[tuple[str, int]
     return InputError(f"stream '{name}': {len(damaged)} damaged row(s) in {manifest.url}, more than the {most} of "
                       f"{manifest.num_rows} that data.damage_limit allows; pack them again, or raise it:\n  "
                       + "\n  ".join(lines + more))
-
-
-def class_pixel_array(column: pa.ChunkedArray, num_classes: int) -> Ints:
-    """Lists of pixel counts as int64 [n, N]; rows without a mask count nothing."""
-    pixels = np.zeros((len(column), num_classes), np.int64)
-    labelled = np.asarray(column.is_valid())
-    values = column.drop_null().combine_chunks().flatten()
-    pixels[labelled] = np.asarray(values, np.int64).reshape(-1, num_classes)
-    return pixels

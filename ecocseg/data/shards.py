@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ecocseg.ahead import in_threads
 from ecocseg.data.checks import check_mask, decode_ids, image_size
 from ecocseg.data.classes import ClassList
 from ecocseg.errors import InputError
@@ -30,6 +31,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"(\.\./(?!\.)[^/]+/)?(?!\.)[^/]+")
 """Of a shard in the manifest's folder or one beside it, and nowhere else."""
+METADATA_THREADS = 16
+"""A bucket takes its time to answer; there is little to compute."""
 ROW_GROUP_BYTES = 8 << 20
 """Image bytes from which a row group is closed: it is what one read fetches."""
 SCHEMA = pa.schema([
@@ -64,6 +67,15 @@ class ShardFile:
     """Rows of each row group."""
 
 
+@dataclass(frozen=True)
+class PixelFile:
+    """Of the class pixels of all rows, beside the manifest; see data/pixels.py."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.parquet"
 
@@ -82,6 +94,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     options: dict[str, Any] = field(default_factory=dict)
     """How the shards were made: source, selection, seed."""
+    pixel_file: PixelFile | None = None
 
     @property
     def hash(self) -> str:
@@ -106,7 +119,8 @@ class Manifest:
             "classes": {"name": self.classes.name, "names": self.classes.names, "palette": self.classes.palette,
                         "thing_ids": self.classes.thing_ids},
             "num_rows": self.num_rows, "num_labeled": self.num_labeled, "class_pixels": self.class_pixels,
-            "options": self.options, "files": [vars(f) for f in self.files]}
+            "options": self.options, "class_pixels_file": self.pixel_file and vars(self.pixel_file),
+            "files": [vars(f) for f in self.files]}
         return json.dumps(plain, indent=1).encode()
 
 
@@ -213,6 +227,9 @@ def write_shards(records: Iterable[Record], destination: str, *, dataset: str, c
     for name in storage.list_files(destination):  # shards of a longer set that was here before
         if name.startswith("shard-") and name.endswith(".parquet") and name not in written:
             storage.delete(join(destination, name))
+    from ecocseg.data.pixels import with_pixel_file
+
+    manifest = with_pixel_file(manifest, storage)
     storage.write_bytes(join(destination, MANIFEST), manifest.to_json())
     return manifest
 
@@ -241,8 +258,10 @@ def read_manifest(url: str, storage: Storage | None = None) -> Manifest:
         classes = ClassList(c["name"], tuple(c["names"]), tuple(tuple(rgb) for rgb in c["palette"]), tuple(c["thing_ids"]))
         files = tuple(ShardFile(f["name"], f["rows"], f["bytes"], f["sha256"], tuple(f["row_groups"]))
                       for f in plain["files"])
+        pixel_file = plain.get("class_pixels_file")  # older sets have none
         manifest = Manifest(url, plain["dataset"], classes, plain["num_rows"], plain["num_labeled"], files,
-                            tuple(plain["class_pixels"]), plain["format_version"], plain["options"])
+                            tuple(plain["class_pixels"]), plain["format_version"], plain["options"],
+                            pixel_file and PixelFile(pixel_file["name"], pixel_file["bytes"], pixel_file["sha256"]))
         if manifest.hash != plain["hash"] or not _adds_up(manifest):
             raise InputError(f"{where} was changed: its hash and counts are not those of its content; pack the shards anew")
     except (KeyError, TypeError, AttributeError) as error:
@@ -256,6 +275,7 @@ def _adds_up(manifest: Manifest) -> bool:
     return (manifest.num_rows == sum(f.rows for f in manifest.files) and 0 <= manifest.num_labeled <= manifest.num_rows
             and all(f.rows == sum(f.row_groups) for f in manifest.files)
             and all(SHARD_NAME.fullmatch(f.name) for f in manifest.files)
+            and (manifest.pixel_file is None or bool(SHARD_NAME.fullmatch(manifest.pixel_file.name)))
             and len(manifest.class_pixels) == len(classes.palette) == classes.num_classes)
 
 
@@ -318,22 +338,42 @@ def read_row_group(manifest: Manifest, file_index: int, group_index: int, column
 
 def read_metadata(manifest: Manifest, columns: Sequence[str] = ("class_pixels",), storage: Storage | None = None) -> pa.Table:
     """Metadata columns of all rows in order; images are not read."""
-    tables = []
-    for index, shard in enumerate(manifest.files):
+    def read(index: int) -> pa.Table:
         try:
-            tables.append(_parquet(manifest, index, storage).read(columns=list(columns)))
+            return _parquet(manifest, index, storage).read(columns=list(columns))
         except (OSError, pa.ArrowException) as error:
-            raise _shard_error(manifest.url_of(shard), error) from None
-    return pa.concat_tables(tables)
+            raise _shard_error(manifest.url_of(manifest.files[index]), error) from None
+
+    with ThreadPoolExecutor(METADATA_THREADS) as pool:
+        return pa.concat_tables(list(pool.map(read, range(len(manifest.files)))))
 
 
 def iter_rows(manifest: Manifest, rank: int = 0, world: int = 1,
               columns: Sequence[str] = ("image_id", "image", "mask"),
               storage: Storage | None = None) -> Iterator[dict[str, Any]]:
-    """Rows rank, rank + world, ... of the whole set, as dicts; over all ranks every row comes once."""
-    first = 0
+    """Rows of one of `world` ranks, as dicts; over all ranks, one after the other, they are all rows in order.
+
+    A rank has a share of neighbouring rows, so it reads no row group but those its share lies in, and no shard twice; the
+    next row group is read while the rows of one are used. Shares differ by one row at most.
+    """
+    first, last = rank * manifest.num_rows // world, (rank + 1) * manifest.num_rows // world
+    wanted, begin = [], 0
     for f, g, rows in zip(*manifest.row_group_table(), strict=True):
-        mine = [i for i in range(int(rows)) if (first + i) % world == rank]
-        if mine:
-            yield from read_row_group(manifest, int(f), int(g), columns, storage).take(mine).to_pylist()
-        first += int(rows)
+        low, high = max(first - begin, 0), min(last - begin, int(rows))
+        if low < high:
+            wanted.append((int(f), int(g), low, high))
+        begin += int(rows)
+    opened: tuple[int, pq.ParquetFile] | None = None
+
+    def read(what: tuple[int, int, int, int]) -> list[dict[str, Any]]:
+        nonlocal opened
+        number, group, low, high = what
+        try:
+            if opened is None or opened[0] != number:
+                opened = number, _parquet(manifest, number, storage)
+            return opened[1].read_row_group(group, columns=list(columns)).slice(low, high - low).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise _shard_error(manifest.url_of(manifest.files[number]), error) from None
+
+    for rows in in_threads(read, wanted, threads=1):  # one thread: a Parquet file is read by one at a time
+        yield from rows

@@ -28,6 +28,7 @@ from ecocseg.storage import Storage
 
 SHOWN_PROBLEMS = 20
 PARTS = ("labeled", "unlabeled", "eval")
+EMPTY = {"unlabeled": "; a smaller --labeled-fraction or --labeled-count leaves some, --unlabeled-includes-labeled needs none"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _check_parts(chosen: Mapping[str, Sequence[str]], masked: Mapping[str, Pair]
         remedy = "; --unlabeled-includes-labeled allows that" if second == "unlabeled" else ""
         problems += [f"'{image_id}' is in both {first} and {second}{remedy}" for image_id in both]
     empty = [part for part, image_ids in chosen.items() if not image_ids and not (part == "unlabeled" and split.with_labeled)]
-    problems += [f"no image is left for {part}" for part in empty]
+    problems += [f"no image is left for {part}{EMPTY.get(part, '')}" for part in empty]
 
 
 def _definition(split: Split) -> dict[str, Any]:
