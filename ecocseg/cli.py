@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from ecocseg import checkpoint, expect, launch, loop, memory, stpp
+from ecocseg import checkpoint, expect, launch, loop, memory, preflight, stpp
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, with_values
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
 from ecocseg.evaluate import EvalResult, table
 from ecocseg.report import Run, final_scores, scores_table
 from ecocseg.smoke import smoke
-from ecocseg.storage import join
+from ecocseg.storage import is_remote, join
 from ecocseg.tracking import ProgressDisplay
 
 SETTINGS = ("data", "model", "coding", "method", "optim", "train", "eval")
@@ -33,7 +33,7 @@ def main(description: str, default_recipe: str, argv: Sequence[str] | None = Non
         return 0
     config = load(args.recipe, args.config, args.overrides)
     if args.smoke:
-        config = smoke(config, "data/smoke")
+        config = smoke(config, "data/smoke", make=not args.print_config)
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0
@@ -43,6 +43,9 @@ def main(description: str, default_recipe: str, argv: Sequence[str] | None = Non
     display = ProgressDisplay()
     try:
         if args.seeds or args.variants:
+            if args.resume:
+                display.print("--resume: goes without saying with --seeds and --variants; finished runs are kept, others are "
+                              "gone on with")
             return run_many(config, args, display)
         return run_one(config, args.resume, display)
     except launch.RunFailed as failure:
@@ -112,11 +115,14 @@ def list_recipes(adaptation_first: bool = True) -> str:
 def dry_run(config: RunConfig) -> str:
     """Check config, data, storage, resources and model shapes; returns what was found."""
     config, run_url = launch.choose_run(config, "auto" if config.run.name else None)
-    launch.preflight(config, run_url)
     resources = launch.plan_on_nodes(config, launch.cluster_nodes())
+    launch.preflight(config, run_url, resources.possible)
     manifests = loop.load_manifests(config)
     lines = [f"recipe      {config.recipe}: {config.description}", f"run folder  {run_url} (writable)"]
-    lines += [f"data        {name}: {m.num_rows} images, {m.num_labeled} with masks, {len(m.files)} shard(s), {m.url}"
+    buckets = [url for url in (run_url, *(m.url for m in manifests.values())) if is_remote(url)]
+    lines += [f"storage     credentials from {checkpoint.build_storage(config).credentials(url)}" for url in buckets[:1]]
+    lines += [f"data        {name}: {m.num_rows} images, {m.num_labeled} with masks, {len(m.files)} shard(s) of the right "
+              f"size, {m.url}"
               for name, m in manifests.items()]
     lines += [*task_lines(config, manifests["labeled"].classes, forward=True, workers=resources.workers),
               f"resources   {resources.describe()}; {loop.micro_batches(config, resources.workers)} micro-batch(es)",
@@ -129,6 +135,7 @@ def dry_run_without_data(config: RunConfig) -> str:
     if config.data.classes is None:
         raise InputError("--no-data: data.classes is not set; name the built-in class list the data would have")
     urls = {"labeled": config.data.labeled, "unlabeled": config.data.unlabeled, **config.data.eval}
+    preflight.check_task(config, CLASS_LISTS[config.data.classes])
     lines = [f"recipe      {config.recipe}: {config.description}"]
     lines += [f"data        {name}: {url} (not looked at)" for name, url in urls.items() if url is not None]
     lines += [*task_lines(config, CLASS_LISTS[config.data.classes], forward=False),
@@ -227,26 +234,35 @@ def print_results(before: launch.RunResult | None, after: launch.RunResult, disp
 def run_many(config: RunConfig, args: argparse.Namespace, display: ProgressDisplay) -> int:
     """Run every variant with every seed, skipping those whose result is there, and print mean and deviation. A run that fails
     is named in the table, and makes the exit code 1."""
-    seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else [config.train.seed]
+    seeds = read_seeds(args.seeds) if args.seeds else [config.train.seed]
     variants = read_variants(args.variants) if args.variants else {config.recipe: {}}
     base = config.run.name or config.recipe
+    planned = [(name, seed, with_values(config, overrides).updated(
+                    train={"seed": seed, "compare_with_source_only": False},
+                    run={"name": f"{base}/{name.replace(' ', '-')}-seed{seed}"}))
+               for seed in seeds for name, overrides in variants.items()]
     runs: list[Run] = []
-    for seed in seeds:
-        for name, overrides in variants.items():
-            one = with_values(config, overrides).updated(
-                train={"seed": seed, "compare_with_source_only": False},
-                run={"name": f"{base}/{name.replace(' ', '-')}-seed{seed}"})
-            try:
-                last = final_scores(finished_or_train(one, display).results)
-            except launch.RunStopped:
-                raise
-            except launch.RunFailed as failure:  # the others still run, and the table names it
-                display.print(f"failed: {failure}")
-                last = {}
-            runs.append(Run(name, seed, last, last, []))
+    for name, seed, one in planned:
+        try:
+            last = final_scores(finished_or_train(one, display).results)
+        except launch.RunStopped:
+            raise
+        except launch.RunFailed as failure:  # the others still run, and the table names it
+            display.print(f"failed: {failure}")
+            last = {}
+        runs.append(Run(name, seed, last, last, []))
     display.close()
     print(scores_table(runs))
     return 0 if all(run.last for run in runs) else 1
+
+
+def read_seeds(text: str) -> list[int]:
+    seeds = [part.strip() for part in text.split(",")]
+    bad = [seed for seed in seeds if not (seed.isascii() and seed.isdigit())]
+    if bad:
+        raise InputError(f"--seeds: {', '.join(map(repr, bad))} in '{text}' is no seed; give whole numbers from 0 on, for "
+                         "example --seeds 0,1,2")
+    return [int(seed) for seed in seeds]
 
 
 def read_variants(path: str) -> dict[str, dict[str, Any]]:

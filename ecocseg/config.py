@@ -9,10 +9,11 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.errors import InputError
@@ -20,7 +21,9 @@ from ecocseg.errors import InputError
 RECIPES = Path(__file__).parent / "recipes"
 CONSISTENCY = ("fixmatch", "unimatch", "unimatch_v2")
 """Methods in which a weak view's labels teach strong views of the same image."""
-Size = tuple[int, int]
+Size = tuple[PositiveInt, PositiveInt]
+Range = tuple[PositiveFloat, PositiveFloat]
+MOST_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
@@ -50,7 +53,7 @@ class DataConfig(Section):
     unlabeled_margins: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt] = (0, 0, 0, 0)
     """Pixels (top, bottom, left, right) along the borders of an unlabelled image, as resized, that are never learned: marked
     before cropping. HRDA and MIC on Cityscapes 30, 240, 30, 30."""
-    scale: tuple[float, float] = (1.0, 1.0)
+    scale: Range = (1.0, 1.0)
     """Factors between which an image is rescaled at random before cropping."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
@@ -68,7 +71,7 @@ class DataConfig(Section):
     """Pixels of the drawn class a crop should exceed (redrawn up to 10 times); 0 = not asked. DAFormer 1500."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, on [0, 1]; subtracted from images."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, on [0, 1]; images are divided by it."""
     loader: Literal["ray", "torch"] = "ray"
     """How shards reach a worker: Ray Data, or threads in the worker. Same rows, same order."""
@@ -82,6 +85,8 @@ class DataConfig(Section):
     """Number of decoding threads per stream and worker; with decode=ray, of its tasks under way, each with one CPU."""
     damage_limit: float = Field(0.001, ge=0, le=1)
     """Share of a stream's rows that may be damaged: they are put aside and listed in the run's folder; more end the run."""
+    watchdog_seconds: float = Field(300.0, gt=0)
+    """Seconds without a batch after which a worker gives up, naming the stage that is stuck; it warns at half of them."""
     read_cpus: float = Field(0.25, gt=0)
     """CPUs reserved for each Ray Data read task."""
 
@@ -109,7 +114,7 @@ class ModelConfig(Section):
     """Probability of dropout before the classifier."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Probability of stochastic depth in the encoder's last block. DAFormer 0.1."""
-    output_stride: int | None = None
+    output_stride: int | None = Field(None, ge=1)
     """Stride of the encoder's last feature map; null = the encoder's own."""
     activation_checkpointing: bool = False
     """Recompute encoder activations in the backward pass: less memory, about a third more time."""
@@ -125,7 +130,7 @@ class CodebookConfig(Section):
     """How codewords are made: well separated, from class-name embeddings, or by random search."""
     length: int = Field(40, ge=1, le=512)
     """Number of bits of a codeword; about 10 log2(classes)."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     """Seed of the codebook, apart from the training seed."""
     embeddings: str | None = None
     """File (.npy, .safetensors) of class-name embeddings for `text`; null = the shipped ones."""
@@ -174,7 +179,7 @@ class MethodConfig(Section):
     train.steps."""
     stable_share: float = Field(0.5, gt=0, lt=1)
     """Share of the unlabelled images, the most stable ones, that ST++'s first student learns. ST++ 0.5."""
-    label_scales: tuple[float, ...] = ()
+    label_scales: tuple[PositiveFloat, ...] = ()
     """Scales over which ST++ averages its labels, each with its mirror image; none = predicted as in evaluation. ST++ 0.5,
     0.75, 1, 1.5, 2."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
@@ -198,7 +203,7 @@ class MethodConfig(Section):
     """Probability that a strong view of FixMatch and UniMatch is made grey. UniMatch 0.2."""
     blur_probability: float = Field(0.5, ge=0, le=1)
     """Probability of Gaussian blur, drawn as that of jitter."""
-    blur_sigma: tuple[float, float] = (0.15, 1.15)
+    blur_sigma: Range = (0.15, 1.15)
     """Pixels between which the blur's standard deviation is drawn. DAFormer 0.15 to 1.15, UniMatch 0.1 to 2."""
     cutmix_probability: float = Field(0.5, ge=0, le=1)
     """Probability that a box of another image is pasted on a strong view of FixMatch and UniMatch."""
@@ -233,7 +238,7 @@ class MethodConfig(Section):
     """Number of the hardest pixels of each labelled image that are learned in any case. UniMatch on Cityscapes 200000."""
     feature_distance: float = Field(0.0, ge=0)
     """Weight of the thing-class feature distance; needs a pretrained encoder. DAFormer 0.005."""
-    feature_distance_classes: tuple[int, ...] = ()
+    feature_distance_classes: tuple[NonNegativeInt, ...] = ()
     """Class ids the feature distance looks at; DAFormer on Cityscapes 6, 7, 11..18."""
     feature_distance_share: float = Field(0.75, gt=0, le=1)
     """Share of a feature cell one such class must cover."""
@@ -273,7 +278,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(40000, ge=1)
     """Number of optimiser steps."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     """Seed of everything but the codebook: weights, order, augmentation, mixing."""
     labeled_batch: int = Field(2, ge=1)
     """Labelled images per optimiser step, over all workers."""
@@ -350,11 +355,11 @@ class EvalConfig(Section):
     """Pixels (height, width) images are resized to; scores return to the label's size. null = as they are."""
     flip: bool = False
     """Average with the mirrored image."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[PositiveFloat, ...] = Field((1.0,), min_length=1)
     """Image scales averaged over."""
     average: Literal["logits", "probabilities"] = "logits"
     """What windows, flips and scales are averaged in: logits (UDA) or probabilities (UniMatch)."""
-    scored_classes: tuple[int, ...] | None = None
+    scored_classes: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
     """Class ids mIoU (or Dice) is taken over; null = all. SYNTHIA scores 16 of 19."""
     metric: Literal["iou", "dice"] = "iou"
     """What checkpoints are compared by: mIoU over all pixels, or 3-D Dice of each volume, averaged (medical slices)."""
@@ -500,7 +505,8 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 def check_section(section: type[AnySection], plain: dict[str, Any]) -> tuple[AnySection | None, list[str]]:
     """Plain data as a section, or None, and what is wrong with it: unknown keys, values of another type or size."""
-    problems = [f"{key}: no such key{_hint(key, [k for k, *_ in keys(section)])}" for key in _unknown(plain, section)]
+    known = [*sections(section), *(key for key, *_ in keys(section))]
+    problems = [f"{key}: no such key{_hint(key, known)}" for key in _unknown(plain, section)]
     try:
         return section.model_validate(plain), problems
     except ValidationError as error:
@@ -548,6 +554,9 @@ def _conflicts(config: RunConfig) -> list[str]:
         problems.append(f"model.head: hrda has no one set of features for method.kind={config.method.kind} to perturb; use it "
                         "with supervised, self_training or mic, or choose daformer")
     problems += _consistency_conflicts(config)
+    for key, (low, high) in {"data.scale": config.data.scale, "method.blur_sigma": config.method.blur_sigma}.items():
+        if low > high:
+            problems.append(f"{key}: [{low:g}, {high:g}] begins above its end; give the smaller number first")
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         problems.append("data.mean, data.std: one number for each of the 3 channels")
     if config.optim.warmup_steps >= config.train.steps:
@@ -576,9 +585,8 @@ def _consistency_conflicts(config: RunConfig) -> list[str]:
     if method.pseudo_labels and method.kind != "supervised":
         problems.append(f"method.pseudo_labels: method.kind={method.kind} makes its labels itself; use supervised, or set "
                         "this to false")
-    if method.ohem_threshold is not None and (config.model.head == "hrda" or method.feature_distance > 0):
-        problems.append("method.ohem_threshold: goes neither with model.head=hrda nor with method.feature_distance; set it to "
-                        "null")
+    if method.ohem_threshold is not None and config.model.head == "hrda":
+        problems.append("method.ohem_threshold: does not go with model.head=hrda; set it to null")
     return problems
 
 
@@ -586,10 +594,22 @@ def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tup
     """Every key as (dotted key, type, default, meaning)."""
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from keys(kind, f"{prefix}{name}.")
+        if _is_section(kind):
+            yield from keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             yield f"{prefix}{name}", _type_name(kind), field.get_default(call_default_factory=True), field.description or ""
+
+
+def sections(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every section's dotted name."""
+    for name, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            yield f"{prefix}{name}"
+            yield from sections(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def help_text() -> str:
@@ -609,9 +629,17 @@ def _plain(value: Any) -> Any:
 
 
 def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
-    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind).replace("typing.", "")
+    """A type as a person writes it, without the bounds of its numbers."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is Annotated:
+        return _type_name(inner[0])
+    if outer is Literal:
+        return "|".join(map(str, inner))
+    if outer in (Union, UnionType):
+        return " | ".join(map(_type_name, inner))
+    if outer is not None:
+        return f"{outer.__name__}[{', '.join(map(_type_name, inner))}]"
+    return "None" if kind is type(None) else "..." if kind is Ellipsis else getattr(kind, "__name__", str(kind))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -630,6 +658,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     parent = path.parent / f"{base}.yaml"
     if not parent.exists():
         parent = RECIPES / f"{base}.yaml"
+    if not parent.exists():
+        raise InputError(f"{path}: base: there is neither {base}.yaml beside it nor a recipe '{base}'"
+                         f"{_hint(str(base), recipe_names())}")
     return _merge(read_yaml(parent), plain)
 
 
@@ -654,12 +685,19 @@ def parse_override(override: str) -> tuple[str, Any]:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         raise InputError(f"{key}: '{text}' is not a YAML value") from None
-    if isinstance(value, str):
+    if value is not None and not isinstance(value, str) and _is_text(key):
+        value = text  # 20260101 and 1_16 are names as well
+    elif isinstance(value, str) and not _is_text(key):
         try:  # YAML reads 1e-4 as text; a person means a number
             value = float(value)
         except ValueError:
             pass
     return key, value
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key's value is a string, and nothing else but null."""
+    return next((kind for known, kind, *_ in keys() if known == key), "") in ("str", "str | None")
 
 
 def _put(plain: dict[str, Any], key: str, value: Any) -> None:
@@ -675,14 +713,22 @@ def _put(plain: dict[str, Any], key: str, value: Any) -> None:
 def _unknown(plain: dict[str, Any], section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     for name, value in plain.items():
         field = section.model_fields.get(name)
-        if field is None:
+        if field is None and isinstance(value, dict) and value:  # a misspelt section: each of its keys tells which was meant
+            yield from (f"{prefix}{name}.{leaf}" for leaf in _leaves(value))
+        elif field is None:
             yield f"{prefix}{name}"
-        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _unknown(value, field.annotation, f"{prefix}{name}.")
+        elif isinstance(value, dict) and _is_section(field.annotation):
+            yield from _unknown(value, field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _leaves(plain: dict[str, Any]) -> Iterator[str]:
+    for name, value in plain.items():
+        yield from (f"{name}.{leaf}" for leaf in _leaves(value)) if isinstance(value, dict) and value else [str(name)]
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:  # the right leaf in the wrong section
-        close = [key for key in known if key.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
+    if not close:  # the right leaf in the wrong section, or a leaf alone
+        leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+        close = [leaf[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(leaf), n=1, cutoff=0.8)]
     return f"; did you mean '{close[0]}'?" if close else ""

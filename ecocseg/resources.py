@@ -33,6 +33,11 @@ class Resources:
     threads: int
     sizes: tuple[int, ...] = ()  # numbers of workers that an elastic run may have, rising; it begins with `workers`
 
+    @property
+    def possible(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have."""
+        return self.sizes or (self.workers,)
+
     def describe(self) -> str:
         what = "1 GPU" if self.gpu else f"{self.threads} threads"
         others = f" (elastic: {', '.join(map(str, self.sizes))})" if self.sizes else ""

@@ -22,8 +22,8 @@ SMALL = {"mit_b": "mit_b0", "resnet": "resnet18", "xception": "resnet18", "vit_"
 STEPS, BATCH, SIDE = 4, 2, 64
 
 
-def smoke(config: RunConfig, folder: str) -> RunConfig:
-    """The smoke variant, its pictures and stand-in encoder weights made under a local folder.
+def smoke(config: RunConfig, folder: str, make: bool = True) -> RunConfig:
+    """The smoke variant, its pictures and stand-in encoder weights made under a local folder if `make` is true.
 
     Raises:
         InputError: when the recipe does not say its classes (`data.classes`).
@@ -33,10 +33,11 @@ def smoke(config: RunConfig, folder: str) -> RunConfig:
         raise InputError(f"--smoke: data.classes is {name!r}; name a built-in class list to make pictures for: "
                          f"{', '.join(sorted(CLASS_LISTS))}")
     root = str(Path(folder) / name)
-    toy.prepare(root, CLASS_LISTS[name])
+    if make:
+        toy.prepare(root, CLASS_LISTS[name])
     side = 2 * SIDE if config.model.head == "hrda" else SIDE  # HRDA's detail crop is half of it
     share = side / config.data.crop[0]
-    changes = _data(config, root, side, share) | _small_model(config, folder)
+    changes = _data(config, root, side, share) | _small_model(config, folder, make)
     return config.updated(run={"name": None if config.run.name is None else f"{config.run.name}-smoke"}, **changes)
 
 
@@ -63,15 +64,16 @@ def _data(config: RunConfig, root: str, side: int, share: float) -> dict[str, di
     }
 
 
-def _small_model(config: RunConfig, folder: str) -> dict[str, dict[str, Any]]:
+def _small_model(config: RunConfig, folder: str, make: bool) -> dict[str, dict[str, Any]]:
     """A small encoder of the same kind; where the recipe takes pretrained weights, a file of fresh ones to load."""
     model = config.model
     encoder = next((small for start, small in SMALL.items() if model.encoder.startswith(start)), model.encoder)
     changes: dict[str, Any] = {"encoder": encoder, "channels": min(model.channels or 32, 32), "pretrained": None,
                                "detail_crop": None}
     if model.pretrained is not None:
-        fresh = checkpoint.build_model(config.updated(model=changes).model, 2, pretrained=False)
         path = Path(folder) / f"{encoder}.safetensors"
-        save_file({key: value.contiguous() for key, value in fresh.encoder.state_dict().items()}, path)
+        if make:
+            fresh = checkpoint.build_model(config.updated(model=changes).model, 2, pretrained=False)
+            save_file({key: value.contiguous() for key, value in fresh.encoder.state_dict().items()}, path)
         changes["pretrained"] = str(path.resolve())
     return {"model": changes}

@@ -50,7 +50,7 @@ def test_printed_configuration_runs_again(config: Path, tmp_path: Path) -> None:
 def test_dry_run_checks_and_trains_nothing(config: Path, tmp_path: Path) -> None:
     code, output = command("--config", str(config), "--dry-run")
     assert code == 0 and "all checks passed" in output and "M parameters" in output
-    assert not (tmp_path / "runs/run/checkpoints").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -68,15 +68,36 @@ def test_dry_run_checks_and_trains_nothing(config: Path, tmp_path: Path) -> None
     (["data.labeled=ftp://somewhere/x"], ["ftp"]),
     (["--resume"], ["--resume", "no complete checkpoint"]),
     (["train.labeled_batch=3", "launch.workers=2"], ["train.labeled_batch", "launch.workers of 1"]),
+    (["eval.scored_classes=[0,50]"], ["eval.scored_classes", "[50]", "0 to 3"]),
+    (["eval.mode=slide", "eval.crop=[16,16]"], ["eval.stride", "exceeds eval.crop"]),
+    (["data.lanes=3"], ["data.lanes", "use one of [1, 2, 4]"]),
+    (["data.sampling=rare_class", "data.rare_min_pixels=99999999"], ["data.rare_min_pixels", "uniform"]),
+    (["--seeds", "0,x"], ["--seeds", "'x'", "0,1,2"]),
 ])
 def test_bad_input_ends_with_code_2_and_the_remedy(config: Path, arguments: list[str], says: list[str]) -> None:
     first = [] if "--recipe" in arguments else ["--config", str(config)]
-    extra = [] if "--resume" in arguments else ["--dry-run"]
+    extra = [] if {"--resume", "--seeds"} & set(arguments) else ["--dry-run"]
     code, output = command(*first, *extra, *arguments)
     assert code == 2, output
     assert "Traceback" not in output
     for words in says:
         assert words in output, output
+
+
+@pytest.mark.parametrize("word", ["coding.codebook.length=2", "eval.scored_classes=[50]", "model.encoder=mobilenetv3_smal_050"])
+def test_what_settings_tell_is_told_before_data_is_made(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = command("--recipe", "demo", "--dry-run", word)
+    assert code == 2 and word.partition("=")[2].strip("[]") in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_printing_the_smoke_variant_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = command("--recipe", "daformer_gta2cityscapes", "--smoke", "--print-config")
+    assert code == 0 and "mit_b0.safetensors" in output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lost_truncated_and_unlabelled_shards_are_named(tmp_path: Path) -> None:

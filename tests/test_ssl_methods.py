@@ -391,7 +391,7 @@ def test_whole_teacher_averages_buffers_and_copies_first() -> None:
     ({"method__kind": "fixmatch", "method__ignore_top": 3}, "method.ignore_top: method.kind=fixmatch has no such"),
     ({"method__weighting": "by_coding"}, "with method.kind=self_training use image, batch or pixel"),
     ({"method__dice": True}, "method.dice: method.kind=self_training has no such loss"),
-    ({"method__ohem_threshold": 0.7, "model__head": "hrda"}, "method.ohem_threshold: goes neither with model.head=hrda"),
+    ({"method__ohem_threshold": 0.7, "model__head": "hrda"}, "method.ohem_threshold: does not go with model.head=hrda"),
 ])
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(InputError, match=message):
