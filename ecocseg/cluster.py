@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,12 +57,27 @@ def start_ray() -> None:
                     "runtime_env": {"env_vars": {"PYTHONPATH": path, **quiet}}}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(**options)
+        with contextlib.nullcontext() if on_cluster else _deaf_children():
+            ray.init(**options)
     except ConnectionError as error:
         raise InputError(f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({str(error).splitlines()[0]}); "
                          "start it (`ray start --head`), or unset RAY_ADDRESS to train on this machine") from None
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started meanwhile, and theirs, do not hear SIGTERM.
+
+    `timeout`, systemd, SLURM and many wrappers signal a command and everything it started at once, and a run that is to save
+    before it leaves needs its Ray until then. Ray itself ends them by SIGKILL, after a second.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def is_preemptible() -> bool:

@@ -21,6 +21,8 @@ from ecocseg.cluster import cluster_nodes, cluster_size, start_ray
 from ecocseg.config import RunConfig
 from ecocseg.engine import World
 from ecocseg.errors import InputError, Restart, StorageUnavailable
+from ecocseg.owner import owned
+from ecocseg.preflight import preflight
 from ecocseg.resources import Resources, ingest_cpus, plan_on_nodes, plan_resources
 from ecocseg.storage import Storage, is_remote, join
 from ecocseg.watch import RunFailed, RunStopped, make_board, watch
@@ -167,46 +169,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model={"pretrained": pretrained}, run={"directory": absolute(config.run.directory)})
 
 
-def preflight(config: RunConfig, run_url: str) -> None:
-    """Everything that can be checked before a worker is placed: data, output, model and coding.
-
-    Raises:
-        InputError: naming the key or file and the remedy.
-    """
-    from ecocseg.data.shards import check_files
-
-    storage = checkpoint.build_storage(config)
-    for url in (config.data.labeled, config.data.unlabeled, *config.data.eval.values(), run_url):
-        if url is not None:
-            storage.check(url)
-    prepare_data(config, storage)
-    manifests = loop.load_manifests(config)
-    for manifest in manifests.values():
-        check_files(manifest, storage)
-    storage.check_writable(run_url)
-    classes = manifests["labeled"].classes
-    bad = [c for c in config.method.feature_distance_classes if c >= classes.num_classes]
-    if bad:
-        raise InputError(f"method.feature_distance_classes: {bad} are no ids of '{classes.name}', which has "
-                         f"{classes.num_classes} classes")
-    book = checkpoint.build_codebook(config.coding, classes)
-    loop.check_codebooks(config, manifests, book)
-    coding = checkpoint.build_coding(config.coding, book, classes.num_classes)
-    with torch.device("meta"):
-        checkpoint.build_model(config.model, coding.num_outputs, pretrained=False)
-
-
-def prepare_data(config: RunConfig, storage: Storage) -> None:
-    """Make the built-in data set where the recipe wants it and it is not yet."""
-    if config.data.prepare is None or storage.exists(join(str(config.data.labeled), "manifest.json")):
-        return
-    from ecocseg.data.sources import demo
-
-    root = str(config.data.labeled).rstrip("/").rpartition("/")[0]
-    print(f"making the demo scenes in {root}")
-    demo.prepare(root, demo.SSL_PARTS if config.data.prepare == "demo_ssl" else demo.PARTS, storage=storage)
-
-
 def write_run_files(config: RunConfig, run_url: str) -> None:
     """What is needed to run it again: resolved config, codebook, versions, commit, data hashes."""
     storage, manifests = checkpoint.build_storage(config), loop.load_manifests(config)
@@ -232,30 +194,47 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None,
         InputError: for bad input, before or during training.
         RunFailed: when the run was lost (RunStopped: stopped); what was saved can be gone on from.
     """
+    def say(text: str) -> None:
+        if display is not None:
+            display.update({"kind": "message", "text": text})
+
     config, run_url = choose_run(with_absolute_paths(config), resume)
-    preflight(config, run_url)
+    planned = None if config.launch.wait else plan_on_nodes(config, cluster_nodes())
+    preflight(config, run_url, planned.possible if planned else ())
     if config.launch.wait:
-        scale.wait_for_room(config, lambda text: display and display.update({"kind": "message", "text": text}))
+        scale.wait_for_room(config, say)
     start_ray()
     resources = plan_on_nodes(config, cluster_nodes())
-    check_shared(config, run_url)
-    write_run_files(config, run_url)
+    stop = stop or threading.Event()
+
+    def lost() -> None:
+        say("another driver has taken this run over; stopping")
+        stop.set()
+
+    with owned(run_url, checkpoint.build_storage(config), lost, say):
+        check_shared(config, run_url)
+        write_run_files(config, run_url)
+        final = run_workers(config, run_url, resources, display, stop)
+        result = RunResult(run_url, final["step"], final["results"], final["classes"], final)
+        checkpoint.build_storage(config).write_bytes(join(run_url, "result.json"), json.dumps(
+            {"recipe": config.recipe, "seed": config.train.seed, **final}, indent=1).encode())
+    return result
+
+
+def run_workers(config: RunConfig, run_url: str, resources: Resources, display: Any, stop: threading.Event) -> dict[str, Any]:
+    """Place workers, show what they tell, and wait for their end; returns what the last step gave."""
     board = make_board()
     trainer = make_trainer(config, run_url, resources, board)
     if display is not None:
         display.restart(config.run.name or config.recipe)
         display.update({"kind": "message", "text": f"{config.recipe}: {resources.describe()}; run folder {run_url}"})
     try:
-        final = watch(trainer.fit, board, display, stop)
+        return watch(trainer.fit, board, display, stop)
     except RunFailed as failure:
         failure.run_url = run_url
         raise
     except InputError as error:
         raise InputError(f"{error} (run folder {run_url})") from None
-    result = RunResult(run_url, final["step"], final["results"], final["classes"], final)
-    checkpoint.build_storage(config).write_bytes(join(run_url, "result.json"), json.dumps(
-        {"recipe": config.recipe, "seed": config.train.seed, **final}, indent=1).encode())
-    return result
 
 
 def check_shared(config: RunConfig, run_url: str) -> None:

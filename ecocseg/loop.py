@@ -10,12 +10,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ecocseg import checkpoint, collapse, finite, memory
+from ecocseg import checkpoint, collapse, damage, finite, memory
+from ecocseg.asking import Asking
 from ecocseg.codebook import Codebook
 from ecocseg.config import RunConfig
 from ecocseg.data import pseudo
@@ -38,9 +40,6 @@ from ecocseg.teacher import Teacher
 from ecocseg.tracking import Tracker, read_metrics
 from ecocseg.volumes import volume_names
 
-ASKS = ("", "save", "restart", "stop")
-"""What a run may be asked at a log interval, the stronger later: nothing, to save and go on, to save and begin again (with
-another number of workers), to save and stop."""
 Report = Callable[[dict[str, Any]], str | bool]
 """Sends a message to whoever watches the run; what the run is asked is the answer (true = stop)."""
 Notice = Callable[[], str]
@@ -86,14 +85,15 @@ class Session:
         self.saving_times: dict[str, float] = {}
         self.streams: dict[str, Stream] = {}
         self.tracker: Tracker | None = None
-        self.best: dict[str, Any] = {"score": -1.0, "step": -1, "url": None}
+        self.best: dict[str, Any] = {"score": -1.0, "step": -1}
         self.step = 0
-        self.asked: str = ""
+        self.asking = Asking(world, lambda: report({"kind": "poll"}))
         self.history: deque[dict[str, Tensor]] = deque()
         self.skipped: list[Tensor] = []
         self.skip_count = finite.SkipCount(config.train.max_skipped)
         self.rank_times = RankTimes(world.device)
         self.damage_counts: dict[str, float] = {}
+        self.damage_lists: dict[str, damage.DamageList] = {}
         self._build()
 
     def _build(self) -> None:
@@ -154,7 +154,12 @@ class Session:
                 self.watch.update(record["step"], record)
         for name in self.config.streams:
             manifest = self.manifests["labeled" if name == "labeled" else "unlabeled"]
-            self.streams[name] = open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
+            stream = open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
+            known = damage.DamageList(self.storage, join(self.run_url, f"damaged-{name}.tsv"), manifest)
+            if self.world.rank == 0:  # what was met before a restart counts on
+                stream.damaged.update(known.read())
+            stream.warn, stream.on_limit = self._say, partial(known.add, stream.damaged)
+            self.streams[name], self.damage_lists[name] = stream, known
 
     def _restore(self, snapshot: checkpoint.Snapshot, passed_over: list[str]) -> None:
         where = f"checkpoint of step {snapshot.step}"
@@ -178,6 +183,8 @@ class Session:
         results: dict[str, dict[str, EvalResult]] = {}
         batches = {name: iter(stream) for name, stream in self.streams.items()}
         clock = Clock(self.streams)
+        if config.log_every > 1:
+            self.asking.start()
         while self.step < config.steps:
             self._note_saved()
             self._train_step(batches)
@@ -186,12 +193,13 @@ class Session:
             if self.step % config.log_every == 0 or last:
                 asked = self._log(clock)
             else:
-                asked = ""
+                asked = self.asking.between()
             evaluated = last or (config.eval_every > 0 and self.step % config.eval_every == 0)
             if evaluated and self.config.data.eval:
                 results = self._evaluate()
                 clock.skip()
-            if last or asked or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
+            best = evaluated and self._score(results) > self.best["score"]
+            if last or asked or best or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0):
                 self._save(results if evaluated else {})
                 if last or asked in ("restart", "stop"):
                     self._note_saved(wait=True)
@@ -281,10 +289,7 @@ class Session:
             self._record(scalars | collapsed)
         for warning in warnings if self.world.rank == 0 else ():
             self._say(warning)
-        asked = self.world.sum(torch.tensor(float(ASKS.index(self.asked)), device=self.world.device)).item()  # of worker 0
-        self.asked = ""
-        noticed = "" if self.notice is None else self.notice()
-        return ASKS[max(round(asked), ASKS.index(noticed))]
+        return self.asking.now("" if self.notice is None else self.notice())
 
     def _check_finite(self, scalars: dict[str, float]) -> None:
         """Count the steps of the interval that were left out, or end the run as `train.on_nan` says."""
@@ -321,10 +326,9 @@ class Session:
             self.damage_counts[name] = total
             damaged = {key: what for part in self.world.gather(dict(stream.damaged)) for key, what in part.items()}
             if self.world.rank == 0:
-                lines = [f"{shard}\t{row}\t{what}\n" for (shard, row), what in sorted(damaged.items())]
-                where = join(self.run_url, f"damaged-{name}.tsv")
-                self.storage.write_bytes(where, "".join(lines).encode())
-                self._say(f"{len(damaged)} damaged row(s) of stream '{name}' put aside so far, listed in {where}")
+                known = self.damage_lists[name]
+                known.write(damaged)
+                self._say(f"{len(damaged)} damaged row(s) of stream '{name}' put aside so far, listed in {known.url}")
             if len(damaged) > stream.most_damaged:
                 raise damage_error(name, stream.manifest, damaged, stream.most_damaged)
 
@@ -337,8 +341,7 @@ class Session:
             self.tracker.log(self.step, scalars)
 
     def _progress(self, record: dict[str, Any]) -> None:
-        asked = self.report({"kind": "progress", **record})
-        self.asked = "stop" if asked is True else asked or self.asked
+        self.asking.take(self.report({"kind": "progress", **record}))
 
     def _averaged_models(self) -> dict[str, nn.Module]:
         models = {"student": self.model} | ({"teacher": self.teacher.module} if self.teacher is not None else {})
@@ -355,7 +358,7 @@ class Session:
             rows = iter_rows(manifest, self.world.rank, self.world.size,
                              (*self.config.model.image_columns, "mask", *(["group"] if volumes else [])), self.storage)
             results[name] = evaluate(
-                models, self.coding, samples_of_rows(rows), self.spec,
+                models, self.coding, samples_of_rows(rows, self.config.data.decode_threads), self.spec,
                 normalize=self.normalize, device=self.world.device, reduce=self.world.sum, volumes=volumes,
                 autocast=self.engine.autocast_dtype)
         if record and self.world.rank == 0:
@@ -375,11 +378,11 @@ class Session:
         waited = time.perf_counter()
         self._averaged_models()
         optimizer = self.engine.optimizer_state()
+        score = self._score(results)
+        if score > self.best["score"]:  # on every worker: all must know when the next one is to be saved
+            self.best = {"score": score, "step": self.step}
         if self.world.rank > 0:
             return
-        score = self._score(results)
-        if score > self.best["score"]:
-            self.best = {"score": score, "step": self.step, "url": None}
         meta = {"teacher_updates": self.teacher.updates if self.teacher else 0, "best": self.best,
                 "config": self.config.model_dump(mode="json"), "workers": self.world.size,
                 "rows_consumed": {name: self.step * batch_size(self.config, name) for name in self.streams},
@@ -422,6 +425,7 @@ class Session:
         self.report({"kind": "message", "text": text})
 
     def close(self) -> None:
+        self.asking.close()
         unsaid = self.saver.close()
         if unsaid is not None:  # the run ends by another error; this one is told, not lost
             self._say(f"the last checkpoint was not written: {unsaid}")
@@ -557,13 +561,20 @@ def check_codebooks(config: RunConfig, manifests: dict[str, Manifest], book: Cod
         pseudo.check_codebook(manifests[name], None if book is None else book.hash, f"data.{name}")
 
 
+def rare_class(config: RunConfig, name: str, manifest: Manifest) -> RareClass | None:
+    """How a stream draws rare classes; None where it is uniform."""
+    if name != "labeled" or config.data.sampling == "uniform":
+        return None
+    # the limit is for labels at their full size; those of a set that was reduced when it was packed have fewer pixels
+    scale = float(manifest.options.get("pixel_scale", 1.0))
+    return RareClass(config.data.rare_temperature, max(1, round(config.data.rare_min_pixels * scale)))
+
+
 def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, start_step: int, micro: int) -> Stream:
     data, labeled = config.data, name == "labeled"
     masks = labeled or config.method.pseudo_labels
     planes = pseudo.num_planes(manifest) if masks else None
-    rare = labeled and data.sampling == "rare_class"
-    # the limit is for labels at their full size; those of a set that was reduced when it was packed have fewer pixels
-    rare_pixels = max(1, round(data.rare_min_pixels * float(manifest.options.get("pixel_scale", 1.0))))
+    rare = rare_class(config, name, manifest)
     transform = WeakTransform(
         resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
         max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0,
@@ -572,9 +583,10 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
     return Stream(
         manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
         sampling="rare_class" if rare else "uniform",
-        rare_class=RareClass(data.rare_temperature, rare_pixels) if rare else None, transform=transform,
+        rare_class=rare, transform=transform,
         rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode=data.decode,
         decode_threads=data.decode_threads,
-        read_cpus=data.read_cpus, damage_limit=data.damage_limit, storage=checkpoint.build_storage(config),
+        read_cpus=data.read_cpus, timeout_s=data.watchdog_seconds, damage_limit=data.damage_limit,
+        storage=checkpoint.build_storage(config),
         columns=(*config.model.image_columns, *(("mask",) if masks else ()), *(pseudo.COLUMNS if planes is not None else ())))

@@ -35,11 +35,13 @@ class Board:
         self.errors: list[dict[str, Any]] = []
 
     def post(self, message: dict[str, Any]) -> str:
-        """Take a message; the answer to a progress message is what workers are asked to do (see `loop.ASKS`)."""
-        self.messages.append(message)
-        if message["kind"] != "progress":
+        """Take a message; the answer to "progress", and to "poll", which says nothing, is what workers are asked to do (see
+        `asking.ASKS`)."""
+        if message["kind"] != "poll":
+            self.messages.append(message)
+        if message["kind"] not in ("progress", "poll"):
             return ""
-        self.step = max(self.step, message["step"])
+        self.step = max(self.step, message.get("step", 0))
         asked = self.asked
         self.asked = asked if asked == "stop" else ""
         return asked

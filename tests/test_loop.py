@@ -72,6 +72,38 @@ def test_damaged_rows_are_listed_in_the_run_and_too_many_end_it(tmp_path: Path) 
     assert line.startswith("shard-00000.parquet\t3\t") and "target-103" in line
     with pytest.raises(InputError, match="(?s)1 damaged row.*damage_limit.*row 3: .*target-103"):
         train(tiny_config(data, tmp_path / "other"))
+    (line,) = (tmp_path / "other/run/damaged-unlabeled.tsv").read_text().splitlines()
+    assert line.startswith("shard-00000.parquet\t3\t") and "target-103" in line
+
+
+def test_damage_met_before_a_restart_stays_in_the_list_and_counts(tmp_path: Path) -> None:
+    data = write_tiny(tmp_path / "data")
+    damage_rows(str(data / "target"), {3: {"image": b"no image"}})
+    listed = tmp_path / "runs/run/damaged-unlabeled.tsv"
+    listed.parent.mkdir(parents=True)
+    before = "shard-00000.parquet\t5\tmet before\n"
+    listed.write_text(before + "shard-00009.parquet\t5\tof another set\n")
+    train(tiny_config(data, tmp_path / "runs", data__damage_limit=0.1))
+    first, second = listed.read_text().splitlines(keepends=True)
+    assert "target-103" in first and second == before
+    other = tmp_path / "other/run/damaged-unlabeled.tsv"
+    other.parent.mkdir(parents=True)
+    other.write_text(before)
+    with pytest.raises(InputError, match="(?s)2 damaged row.*row 3: .*row 5: met before"):
+        train(tiny_config(data, tmp_path / "other", data__damage_limit=0.05))
+
+
+def test_bf16_trains_evaluates_and_is_near_fp32(tiny: Path, tmp_path: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config(tiny, tmp_path / precision, train__steps=3, train__panels_every=3,
+                             engine__precision=precision)
+        assert 0 <= train(config)["results"]["val"]["student"]["miou"] <= 1
+        found[precision] = [step["loss/labeled"] for step in losses(tmp_path / precision / "run").values()]
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.05)
+    assert all(value.dtype == torch.float32 for value in newest(tmp_path / "bf16/run").student.values()
+               if value.is_floating_point())
 
 
 def test_seeds_differ_and_repeat(tiny: Path, tmp_path: Path) -> None:
@@ -101,10 +133,15 @@ def test_half_written_checkpoint_does_not_count(tiny: Path, tmp_path: Path) -> N
     assert newest(tmp_path / "run").step == 5
 
 
-def test_best_and_last_are_kept(tiny: Path, tmp_path: Path) -> None:
-    train(tiny_config(tiny, tmp_path, train__eval_every=2, train__checkpoint_every=2, train__keep_checkpoints=1))
+@pytest.mark.parametrize("checkpoint_every", [2, 0])
+def test_best_and_last_are_kept(tiny: Path, tmp_path: Path, checkpoint_every: int) -> None:
+    train(tiny_config(tiny, tmp_path, train__eval_every=2, train__checkpoint_every=checkpoint_every,
+                      train__keep_checkpoints=1, optim__lr=0.02))
     names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     best = newest(tmp_path / "run").meta["best"]
+    scores = {record["step"]: record["val/student/miou"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+              if "val/student/miou" in (record := json.loads(line))}
+    assert list(scores) == [2, 4, 6, 8, 10] and best["step"] == max(scores, key=lambda step: scores[step])
     assert names == sorted({"step_00000010", f"step_{best['step']:08d}"})
 
 

@@ -26,7 +26,8 @@ FIFTH = "checkpoints/step_00000005/complete.json"
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, str(ROOT / "jobs/train_uda.py"), "--config", str(config), *arguments],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                            start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -101,7 +102,7 @@ def test_sigterm_saves_and_a_new_process_goes_on_bit_for_bit(
     config = write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS, train__checkpoint_every=0))
     process = start(config)
     wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and service managers do: Ray's own processes are sent it as well
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 1 and "go on with --resume" in output, output
     assert list((tmp_path / "run/checkpoints").glob("step_*/complete.json"))
