@@ -114,7 +114,7 @@ def training_picture(pictures: Mapping[str, Any], coding: Any, classes: Any, row
 def _predicted(logits_BKhw: Any, coding: Any, size: tuple[int, int]) -> Any:
     from torch.nn.functional import interpolate
 
-    logits_BKHW = interpolate(logits_BKhw.float(), size=size, mode="bilinear", align_corners=False)
+    logits_BKHW = interpolate(logits_BKhw.float(), size=size, mode="bilinear", align_corners=coding.align_corners)
     return coding.scores(logits_BKHW).argmax(dim=1)
 
 

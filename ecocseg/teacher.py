@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class Teacher:
     """Exponential moving average of a student.
 
-    The average starts as a copy and its decay rises as min(1 - 1/(t+1), decay), with t the number of updates made
-    before (DACS, DAFormer). It lives outside the engine, so no sharding stage and no compiler prefix can hide a
+    The average starts as a copy and its decay rises as min(1 - 1/(t+1), decay), with t = 1 at the first update (DACS,
+    DAFormer; with `whole` t = 0). It lives outside the engine, so no sharding stage and no compiler prefix can hide a
     parameter from it, and `t` is in the checkpoint, so a restart never copies the student over it.
 
     Batch norm stays in training mode and keeps statistics of its own, as in the released DACS and DAFormer;

@@ -156,3 +156,26 @@ def test_teacher_is_the_average_of_its_students() -> None:
             torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
     assert teacher.module[1].training and not teacher.module[2].training
     assert not any(p.requires_grad for p in teacher.module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
+def test_with_feature_distance_labels_are_learned_and_shown_as_without(kind: str) -> None:
+    coding = coding_of(kind)
+
+    class Student(Recorder):
+        def forward(self, image: Tensor, return_features: bool = False) -> Any:
+            logits = super().forward(image)
+            return (logits, image[:, :, ::4, ::4]) if return_features else logits
+
+    found = {}
+    for weight in (0.0, 0.5):
+        config = MethodConfig(**PLAIN, feature_distance=weight, feature_distance_classes=(1, 2), feature_distance_share=0.1)
+        given = StepInput(4, 0, make_batch(1, True), make_batch(2, False), Student(coding.num_outputs), None, nullcontext,
+                          pictures={})
+        method = METHODS["self_training"](config, coding, IDENTITY, lambda image: image[:, :, ::4, ::4] + 1)
+        found[weight] = method.parts(given)[0](), given
+    (plain, without), (more, having) = found[0.0], found[0.5]
+    assert "labeled_logits" in having.pictures and having.pictures.keys() == without.pictures.keys()
+    assert without.metrics.keys() == having.metrics.keys() - {"loss/feature_distance"}
+    torch.testing.assert_close(more, plain + 0.5 * having.metrics["loss/feature_distance"])
+    assert having.metrics["loss/feature_distance"] > 0

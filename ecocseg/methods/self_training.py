@@ -45,14 +45,13 @@ class SelfTraining(Supervised):
         assert batch.labels is not None and self.pretrained_encoder is not None
         image = self.normalize(batch.image)
         output, feature_BChw = given.student(image, return_features=True)
-        terms = self.loss(output, self.coding.encode(batch.labels), average=self.config.average,
-                          normalizer=given.divisor)
+        loss = self.learn_labels(output, given)
         with torch.no_grad():
             pretrained_BChw = self.pretrained_encoder(image)
         distance = feature_distance(feature_BChw, pretrained_BChw, batch.labels, self.config.feature_distance_classes,
                                     self.config.feature_distance_share)
-        given.metrics.update({"loss/labeled": terms["loss"].detach(), "loss/feature_distance": distance.detach()})
-        return terms["loss"] + self.config.feature_distance * distance
+        given.metrics["loss/feature_distance"] = distance.detach()
+        return loss + self.config.feature_distance * distance
 
     def mixed_loss(self, given: StepInput, pseudo: Target) -> Tensor:
         """Loss of the target images with source classes pasted on. Shape: scalar."""
