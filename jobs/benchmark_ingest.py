@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -40,6 +40,8 @@ LOCAL = ("bare", "ray", "ray_tasks", "threads", "dataloader", "mosaicml", "webda
 NAMES = {"bare": "decode and crop alone (limit)", "ray": "ecocseg, data.loader=ray",
          "ray_tasks": "ecocseg, data.decode=ray", "threads": "ecocseg, data.loader=torch",
          "dataloader": "torch DataLoader, files", "mosaicml": "MosaicML Streaming", "webdataset": "WebDataset"}
+PEERS = {"mosaicml": ("streaming", "mosaicml-streaming"), "webdataset": ("webdataset", "webdataset")}
+"""Module and package of loaders that are no part of this project (extra `bench`)."""
 TRANSFORM = WeakTransform(crop=CROP)
 
 
@@ -80,6 +82,12 @@ def prepare(root: Path, number: int, url: str, storage: Storage) -> float:
             for index, data in enumerate(images):
                 writer.write({"__key__": f"{index:06d}", "jpg": data})
     return sum(map(len, images)) / number
+
+
+def installed(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Loaders that can be measured here, and peers that are missing."""
+    missing = [name for name in names if name in PEERS and not has(PEERS[name][0])]
+    return [name for name in names if name not in missing], missing
 
 
 def has(module: str) -> bool:
@@ -193,8 +201,7 @@ def ingest_table(args: argparse.Namespace) -> list[dict[str, Any]]:
             args.endpoint = endpoint
             make_bucket(endpoint)
         size = prepare(Path(folder), args.images, url, storage)
-        names = [n for n in (LOCAL if not args.s3 else ("bare", "ray", "ray_tasks", "threads"))
-                 if n not in ("mosaicml", "webdataset") or has({"mosaicml": "streaming"}.get(n, n))]
+        names, missing = installed(LOCAL if not args.s3 else ("bare", "ray", "ray_tasks", "threads"))
         found: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(args.repeats):
             for name in names:
@@ -211,6 +218,8 @@ def ingest_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({"loader": name, "images_per_second": rate, "share_of_limit": rate / limit, "all": found[name]})
         print(f"{NAMES[name]:<32}{rate:>8.0f} images/s {100 * rate / limit:>6.0f} %   ({min(found[name]):.0f} to "
               f"{max(found[name]):.0f})")
+    for name in missing:
+        print(f"{NAMES[name]:<32} not installed, so not compared: pip install {PEERS[name][1]} (extra `bench`)")
     return rows
 
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, scene, tiny_config, tiny_plain
+from conftest import scene, tiny_config, tiny_plain
 from faulty_s3 import FAULTS, FaultyS3
 from moto.server import ThreadedMotoServer
 
@@ -251,13 +251,15 @@ def wait_for(storage: Storage, url: str, process: subprocess.Popen[str]) -> None
         time.sleep(0.1)
 
 
-def write_pictures(folder: Path, first: int, count: int, tint: int) -> Path:
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    for index in range(first, first + count):
-        for part, data in zip(("images", "masks"), scene(index, tint), strict=True):
-            (folder / part / f"{index:03d}.png").write_bytes(data)
-    return folder
+def write_camvid(root: Path) -> Path:
+    """A miniature CamVid: 40 training images by day, 40 by dusk, 6 of the test split by dusk."""
+    for split, sequence, first, count, tint in (("train", "0006R0_f", 0, 40, 0), ("train", "0001TP_", 100, 40, 40),
+                                                ("test", "0001TP_", 200, 6, 40)):
+        for index in range(first, first + count):
+            for folder, data in zip((split, f"{split}annot"), scene(index, tint), strict=True):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                (root / folder / f"{sequence}{index:06d}.png").write_bytes(data)
+    return root
 
 
 def digests(storage: Storage, url: str) -> dict[str, str]:
@@ -268,20 +270,19 @@ def digests(storage: Storage, url: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_pack_train_kill_and_resume_through_a_faulty_network(server: str, tmp_path: Path) -> None:
     clean, bucket, local = Storage(endpoint=f"http://{server}"), "s3://bucket/test", tmp_path / "shards"
-    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES.names))
+    root = write_camvid(tmp_path / "camvid")
     with FaultyS3(server, seed=7, stall_seconds=60) as faulty:
-        for name, first, count, tint, source in (("source", 0, 40, 0, "folder"), ("target", 100, 40, 40, "images"),
-                                                 ("val", 200, 6, 40, "folder")):
-            pictures = write_pictures(tmp_path / name, first, count, tint)
-            root = pictures / "images" if source == "images" else pictures
-            options = ["--classes", str(tmp_path / "classes.txt"), "--row-group-rows", "4"]
+        for name, part in (("source", ["--splits", "train", "--sequences", "0006R0"]),
+                           ("target", ["--splits", "train", "--sequences", "0001TP", "--unlabeled"]),
+                           ("val", ["--splits", "test", "--sequences", "0001TP"])):
+            options = [*part, "--row-group-rows", "4"]
             for out, endpoint in ((f"{bucket}/{name}", ["--endpoint", faulty.url]), (str(local / name), [])):
-                finish(command("prepare_shards.py", source, str(root), *options, "--out", out, *endpoint))
+                finish(command("prepare_shards.py", "camvid", str(root), *options, "--out", out, *endpoint))
             assert digests(clean, f"{bucket}/{name}") == digests(clean, str(local / name))
             finish(command("prepare_shards.py", "check", f"{bucket}/{name}", "--all", "--endpoint", faulty.url))
         print("packed:", faulty.requests, "requests,", dict(faulty.faults))
 
-        plain = tiny_plain(local, tmp_path / "runs", data__loader="ray", engine__kind="deepspeed")
+        plain = tiny_plain(local, tmp_path / "runs", data__loader="ray", data__classes="camvid", engine__kind="deepspeed")
         (tmp_path / "local.yaml").write_text(yaml.safe_dump(plain))
         finish(command("train_uda.py", "--config", str(tmp_path / "local.yaml")))
         want = curve(str(tmp_path / "runs/run"), Storage())
