@@ -213,6 +213,9 @@ class MethodConfig(Section):
     """Share of that view in UniMatch's loss on unlabelled images; the strong views have the rest."""
     whole_pairs: float = Field(0.5, ge=0, le=1)
     """Share of images whose two views keep all their channels in UniMatch V2, instead of one half each."""
+    mix_classes: Literal["batch", "image"] = "batch"
+    """Classes of which ClassMix pastes half: those of all labelled images of the step (DACS, DAFormer, MIC), so that an image
+    that has few of them may give all it has or nothing, or those of each labelled image."""
     mixed_weight: float = Field(1.0, ge=0)
     """Weight of the loss on mixed or strong views beside that on labelled images."""
     masked_weight: float = Field(1.0, ge=0)

@@ -229,7 +229,7 @@ class Session:
                            partner=taken["partner"][number] if "partner" in taken else None,
                            unlabeled_total=self.config.train.unlabeled_batch)
                  for number, one in enumerate(taken["labeled"])]
-        self._set_divisors(steps)
+        self._sum_counts(steps)
         self.engine.set_lr(schedule(self.config.optim, self.config.train.steps, step))
         draw = self.config.train.panels_every > 0 and (step + 1) % self.config.train.panels_every == 0
         if draw and self.world.rank == 0:
@@ -252,21 +252,25 @@ class Session:
                 self.buffers.put_back(self.engine.skipped)
         self.history[-1]["gradient_norm"] = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32)
 
-    def _set_divisors(self, steps: list[StepInput]) -> None:
-        """Valid pixels of the whole global batch over the number of averaged losses, so that the number of workers and of
-        micro-batches does not change the loss."""
-        counts = []
+    def _sum_counts(self, steps: list[StepInput]) -> None:
+        """What a step must know of the whole global batch, by one sum over workers, so that neither their number nor that of
+        micro-batches changes it: valid pixels over the number of averaged losses, and classes to mix."""
+        counts, classes = [], []
         for given in steps:
             assert given.labeled.labels is not None
-            unlabeled = self.method.unlabeled_pixels(given)
+            unlabeled, present = self.method.unlabeled_pixels(given), self.method.classes_present(given)
             labeled = (given.labeled.labels != IGNORE).sum().reshape(1)
             counts.append(labeled if unlabeled is None else torch.cat([labeled, unlabeled]))
-        if self.config.method.average == "all" and len(counts[0]) == 1:
+            classes.append(labeled[:0] if present is None else present)
+        divided, number = self.config.method.average != "all", len(counts[0])
+        if not divided and number == 1 and len(classes[0]) == 0:
             return
-        total = self.world.sum(torch.stack(counts).sum(0).double()).clamp_min(1) / (self.world.size * len(steps))
+        total = self.world.sum(torch.cat([torch.stack(counts).sum(0), torch.stack(classes).sum(0)]).double())
+        divisors = (total[:number].clamp_min(1) / (self.world.size * len(steps))).float()
         for given in steps:
-            given.divisor = None if self.config.method.average == "all" else total[0].float()
-            given.unlabeled_divisors = total[1:].float()
+            given.divisor = divisors[0] if divided else None
+            given.unlabeled_divisors = divisors[1:] if number > 1 else None
+            given.mix_classes = total[number:] > 0 if len(classes[0]) > 0 else None
 
     def _log(self, clock: Clock) -> str:
         """Reduce the metrics of the interval over workers; the only host sync of the interval. Returns what is asked."""

@@ -16,6 +16,7 @@ from ecocseg.config import RunConfig
 from ecocseg.data.classes import ClassList
 from ecocseg.engine import World
 from ecocseg.errors import InputError
+from ecocseg.methods import SelfTraining
 from ecocseg.storage import Storage
 
 
@@ -61,6 +62,34 @@ def test_ten_steps_equal_five_a_new_start_and_five(tiny: Path, tmp_path: Path, c
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert first.optimizer.keys() == second.optimizer.keys()
+
+
+@pytest.mark.parametrize("mix_classes", ["batch", "image"])
+def test_every_micro_batch_knows_the_classes_of_the_whole_batch(tiny: Path, tmp_path: Path, mix_classes: str,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both workers (the other one is made up here: it has class 77) and all micro-batches."""
+    seen: list[Any] = []
+    parts = SelfTraining.parts
+
+    def noting(self: SelfTraining, given: Any) -> Any:
+        seen.append((set(given.labeled.labels.unique().tolist()), given.mix_classes))
+        return parts(self, given)
+
+    def summed(self: World, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if len(tensor) <= 256 else tensor + (torch.arange(len(tensor)) == len(tensor) - 256 + 77)
+
+    monkeypatch.setattr(SelfTraining, "parts", noting)
+    monkeypatch.setattr(World, "sum", summed)
+    train(tiny_config(tiny, tmp_path, train__micro_batch=1, train__steps=2, train__checkpoint_every=0,
+                      method__mix_classes=mix_classes, data__crop=[16, 16], data__max_class_share=1.0))
+    assert len(seen) == 8
+    for step in (seen[:4], seen[4:]):
+        if mix_classes == "image":
+            assert all(given is None for _, given in step)
+        else:
+            union = set().union(*(own for own, _ in step))
+            assert any(own != union for own, _ in step)
+            assert all(set(given.nonzero().flatten().tolist()) == union | {77} for _, given in step)
 
 
 def test_damaged_rows_are_listed_in_the_run_and_too_many_end_it(tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def cut(given: StepInput, rows: slice) -> StepInput:
 def test_any_number_of_workers_makes_the_same_step(kind: str, masked_images: str, colour: float) -> None:
     method, given = build(kind, masked_images=masked_images, jitter_probability=colour, blur_probability=colour)
     given.labeled, given.unlabeled = make_batch(1, True, 4), make_batch(2, False, 4)
+    given.labeled.labels[1:] %= 2  # one image alone has the other classes
+    given.mix_classes = method.classes_present(given)
     student = given.student
     want = [part().item() for part in method.parts(given)]
     whole, student.seen[:] = list(student.seen), []

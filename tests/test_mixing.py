@@ -93,6 +93,25 @@ def test_class_mix_takes_half_of_the_classes_rounded_up(dtype):
         assert len(inside) == expected and not inside & outside, "whole classes, half of them"
 
 
+def test_class_mix_takes_half_of_the_classes_of_a_whole_batch():
+    """All eight labels of the batch are drawn from for images that have two of them, or one."""
+    labels = torch.zeros(600, 2, 4, dtype=torch.int64)
+    labels[:200] = torch.arange(8).view(2, 4)
+    labels[200:400, 0] = 3
+    labels[:, 1, 3] = torch.where(labels[:, 1, 3] == 7, 255, labels[:, 1, 3])
+    present = mixing.classes_present(labels)
+    assert present.sum(1).tolist() == [8] * 200 + [2] * 200 + [1] * 200 and present[0, 255] and not present[0, 7]
+    mask = mixing.class_mix_mask(labels, [generator(i) for i in range(600)], present.any(0)).flatten(1)
+    assert (mask[:200].sum(1) == 4).all()
+    for first in (200, 400):  # whole classes, each in half of the images, and not always half of an image's own
+        counts = torch.tensor([len(set(row[m].tolist())) for row, m in zip(labels[first:first + 200].flatten(1),
+                                                                           mask[first:first + 200], strict=True)])
+        most = int(counts.max())
+        assert most == (2 if first == 200 else 1) and (counts == 0).sum() > 20 and (counts == most).sum() > 20
+    odd = mixing.class_mix_mask(labels[:1], [generator()], present[0] & (torch.arange(256) != 255))
+    assert odd.sum() == 4, "half of seven, rounded up"
+
+
 def test_class_mix_draws_anew_for_each_image_and_every_class_equally():
     labels = (torch.arange(8).view(1, 2, 4)).expand(400, 2, 4)
     mask = mixing.class_mix_mask(labels, [generator(i) for i in range(400)])

@@ -51,20 +51,28 @@ def mix_images(a_BCHW: Tensor, b_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
     return torch.where(mask_BHW[:, None], a_BCHW, b_BCHW)
 
 
-def class_mix_mask(labels_BHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def classes_present(labels_BHW: Tensor) -> Tensor:
+    """Which labels each image has, 255 among them. Shape: bool [B, 256]."""
+    flat_BP = labels_BHW.flatten(1).long()
+    present_BN = torch.zeros(len(flat_BP), 256, dtype=torch.bool, device=flat_BP.device)
+    return present_BN.scatter_(1, flat_BP, True)
+
+
+def class_mix_mask(labels_BHW: Tensor, generators: Sequence[torch.Generator], classes_N: Tensor | None = None) -> Tensor:
     """ClassMix: True on half (rounded up) of the classes of each image, 255 counted as one; one generator per image.
 
-    Shape: bool [B, H, W].
+    With `classes_N`, bool [256], it is half of these classes, whether the image has them or not: DACS draws from the
+    classes of a whole batch, anew for each image. Shape: bool [B, H, W].
     """
     flat_BP = labels_BHW.flatten(1).long()
-    present = torch.zeros(len(flat_BP), 256, dtype=torch.bool, device=flat_BP.device)
-    present = present.scatter_(1, flat_BP, True).cpu()
-    chosen = torch.zeros_like(present)
-    for row, generator, picked in zip(present, generators, chosen, strict=True):
+    present_BN = classes_present(labels_BHW) if classes_N is None else classes_N.expand(len(flat_BP), -1)
+    present_BN = present_BN.cpu()
+    chosen_BN = torch.zeros(present_BN.shape, dtype=torch.bool)
+    for row, generator, picked in zip(present_BN, generators, chosen_BN, strict=True):
         classes = row.nonzero().squeeze(1)
         order = torch.randperm(len(classes), generator=generator)
         picked[classes[order[: (len(classes) + 1) // 2]]] = True
-    return chosen.to(flat_BP.device).gather(1, flat_BP).view(labels_BHW.shape)
+    return chosen_BN.to(flat_BP.device).gather(1, flat_BP).view(labels_BHW.shape)
 
 
 def cutmix_box(shape: tuple[int, int], generator: torch.Generator, p: float = 0.5,

@@ -43,6 +43,8 @@ class StepInput:
     """What losses on unlabelled images are divided by, one for each count of `Method.unlabeled_pixels`."""
     unlabeled_total: int = 0
     """Unlabelled images of the whole global batch."""
+    mix_classes: Tensor | None = None
+    """Classes of the labelled images of the whole global batch, bool [256], where `Method.classes_present` asks for them."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     pictures: dict[str, Any] | None = None
     """A dict to put tensors for the picture panels into, on steps that draw them."""
@@ -77,6 +79,11 @@ class Method:
     def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
         """Counts of unlabelled pixels that the method's losses are averaged over, if it wants them summed over all workers
         and micro-batches before the step. Shape: [number of counts]."""
+        return None
+
+    def classes_present(self, given: StepInput) -> Tensor | None:
+        """Classes of this micro-batch's labelled images, if the method wants to know those of all workers and micro-batches
+        before the step. Shape: bool [256]."""
         return None
 
     def loss(self, output: Tensor | TwoScaleLogits, target: Target, *, average: str = "all",

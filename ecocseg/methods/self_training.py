@@ -1,6 +1,6 @@
 """Self-training for domain adaptation: DACS and DAFormer.
 
-The teacher labels the unlabelled target images; half of the classes of each source image are pasted on them with their
+The teacher labels the unlabelled target images; half of the classes of the source images are pasted on them with their
 labels (ClassMix); the student learns the source images and the mixed ones.
 
 Shapes: B batch, N classes, K outputs, H W pixels, h w cells of the decoder or encoder.
@@ -60,7 +60,8 @@ class SelfTraining(Supervised):
         number = min(len(source.image), len(unlabeled.image))
         generators = [random_generator(given.seed, given.step, MIX, int(p)) for p in source.positions[:number]]
         labels_BHW = source.labels[:number]
-        mask_BHW = mixing.class_mix_mask(labels_BHW, generators)
+        classes_N = self.classes_present(given) if given.mix_classes is None else given.mix_classes
+        mask_BHW = mixing.class_mix_mask(labels_BHW, generators, classes_N)
         if len(unlabeled.image) > number:  # images without a partner stay as they are
             mask_BHW = F.pad(mask_BHW, (0, 0, 0, 0, 0, len(unlabeled.image) - number))
         partner = self.partners(given)
@@ -75,6 +76,14 @@ class SelfTraining(Supervised):
             given.pictures.update(unlabeled_image=unlabeled.image, pseudo=pseudo, mixed_image=strong_B3HW,
                                   mixed_labels=mixed.labels, mixed_logits=main_logits(output))
         return self.config.mixed_weight * terms["loss"]
+
+    def classes_present(self, given: StepInput) -> Tensor | None:
+        """Classes of the source images, 255 among them, of which each image's half is drawn; None: each has its own.
+        Shape: bool [256]."""
+        if self.config.mix_classes == "image":
+            return None
+        assert given.labeled.labels is not None
+        return mixing.classes_present(given.labeled.labels).any(0)
 
     def partners(self, given: StepInput) -> Tensor:
         """The place of each unlabelled image's source image. Shape: int64 [B]."""
