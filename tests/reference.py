@@ -109,3 +109,77 @@ def cross_entropy(logits_BNHW: Tensor, labels_BHW: Tensor, weight_BHW: Tensor) -
             top = max(z)
             total += float(weight_BHW[b, y, x]) * (top + math.log(sum(math.exp(v - top) for v in z)) - z[label])
     return total
+
+
+# Both codings by one name: `codes` is a codeword per class, or None for one-hot. Pixels of a batch are (b, y, x).
+
+def probabilities(z: list[float], codes: list[list[int]] | None) -> list[float]:
+    """Of each output of one pixel: softmax of one-hot, sigmoid of bits."""
+    if codes is not None:
+        return [sigmoid(v) for v in z]
+    powers = [math.exp(v - max(z)) for v in z]
+    return [power / sum(powers) for power in powers]
+
+
+def guess(z: list[float], codes: list[list[int]] | None, threshold: float) -> tuple[int, list[int], float]:
+    """Class, bits (none for one-hot) and confidence of one pixel's pseudo-label."""
+    if codes is not None:
+        return pseudo_label_pixel(z, codes, threshold, None)[:3]
+    p = probabilities(z, None)
+    return p.index(max(p)), [], max(p)
+
+
+def true_bits(labels_BHW: Tensor, codes: list[list[int]] | None) -> Tensor:
+    """Codeword of every pixel; zeros where ignored; no bits for one-hot. Shape: bool [B, K, H, W]."""
+    B, H, W = labels_BHW.shape
+    bits = torch.zeros(B, len(codes[0]) if codes else 0, H, W, dtype=torch.bool)
+    for n, code in enumerate(codes or []):
+        for k, bit in enumerate(code):
+            bits[:, k] |= (labels_BHW == n) & bool(bit)
+    return bits
+
+
+def sum_of_losses(logits_BKHW: Tensor, labels_BHW: Tensor, bits_BKHW: Tensor, weight_BHW: Tensor,
+                  codes: list[list[int]] | None) -> float:
+    """Sum over pixels of a coding's loss, with the paper's constants."""
+    if codes is None:
+        return cross_entropy(logits_BKHW, labels_BHW, weight_BHW)
+    return loss(logits_BKHW, labels_BHW, bits_BKHW, weight_BHW, codes)["loss"]
+
+
+def hard_weight(logits_BKHW: Tensor, labels_BHW: Tensor, codes: list[list[int]] | None, threshold: float, least: int) -> Tensor:
+    """Online hard example mining, image by image: 1 / n on the n pixels whose label is given `threshold` or less (the mean
+    over its bits), or the `least` pixels given least. Shape: float64 [B, H, W]."""
+    weight = torch.zeros(labels_BHW.shape, dtype=torch.float64)
+    for b in range(len(labels_BHW)):
+        ranked = []
+        for y, x in torch.cartesian_prod(*(torch.arange(n) for n in labels_BHW.shape[1:])).tolist():
+            label = int(labels_BHW[b, y, x])
+            if label != IGNORE:
+                p = probabilities(logits_BKHW[b, :, y, x].tolist(), codes)
+                ranked.append((p[label] if codes is None else sum(v if bit else 1 - v for v, bit in zip(
+                    p, codes[label], strict=True)) / len(p), y, x))
+        ranked.sort()
+        number = max(min(least, len(ranked)), sum(p <= threshold for p, *_ in ranked))
+        for _, y, x in ranked[:number]:
+            weight[b, y, x] = 1 / number
+    return weight
+
+
+def dice(logits_BKHW: Tensor, labels_BHW: Tensor, bits_BKHW: Tensor, weight_BHW: Tensor,
+         codes: list[list[int]] | None) -> float:
+    """Soft Dice with squared denominators, averaged over maps: a class's, or a bit's ones and its zeros. Times the mean
+    weight of the pixels that have any."""
+    maps: list[list[tuple[float, float, float]]] = [[] for _ in range(logits_BKHW.shape[1] * (1 if codes is None else 2))]
+    for b, y, x in torch.cartesian_prod(*(torch.arange(n) for n in labels_BHW.shape)).tolist():
+        label, w = int(labels_BHW[b, y, x]), float(weight_BHW[b, y, x])
+        p = probabilities(logits_BKHW[b, :, y, x].tolist(), codes)
+        truth = [float(n == label) for n in range(len(p))] if codes is None else bits_BKHW[b, :, y, x].double().tolist()
+        if codes is not None:
+            p, truth = p + [1 - v for v in p], truth + [1 - v for v in truth]
+        for one, v, t in zip(maps, p, truth, strict=True):
+            one.append((0.0 if label == IGNORE else w, v, t))
+    weights = [w for w, _, _ in maps[0] if w > 0]
+    total = sum(1 - (2 * sum(w * v * t for w, v, t in one) + 1e-5) / (sum(w * (v * v + t * t) for w, v, t in one) + 1e-5)
+                for one in maps)
+    return total / len(maps) * sum(weights) / len(weights)

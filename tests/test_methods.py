@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.self_training import feature_distance
 from ecocseg.teacher import Teacher
 
-N, H, W = 5, 12, 16
+N, H, W = 5, 8, 8  # of 2 x 64 pixels a share is exact in float32 too
 THRESHOLD = {"one_hot": 0.7, "ecoc": 0.85}  # about half of the pixels are confident
 IDENTITY = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 PLAIN = {"jitter_probability": 0.0, "blur_probability": 0.0}
@@ -32,6 +33,7 @@ def make_batch(seed: int, labeled: bool) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, N, (2, H, W), generator=generator)
     labels[0, :2] = 255
+    labels[1] %= 2  # two classes of six that the batch has
     valid = torch.ones(2, H, W, dtype=torch.bool)
     valid[1, :, -3:] = False
     return Batch(image=torch.randint(0, 256, (2, 3, H, W), generator=generator, dtype=torch.uint8),
@@ -39,76 +41,87 @@ def make_batch(seed: int, labeled: bool) -> Batch:
 
 
 class Recorder(nn.Module):
-    """A student that keeps what it was shown."""
+    """A student in float64 that keeps what it was shown."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.layer = nn.Conv2d(3, outputs, 1)
+        self.layer = nn.Conv2d(3, outputs, 1).double()
         self.seen: list[Tensor] = []
 
     def forward(self, image: Tensor) -> Tensor:
         self.seen.append(image.detach().clone())
-        return self.layer(image) * 4
+        return self.layer(image.double()) * 4
+
+    def logits(self, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.layer(image.double()) * 4
 
 
 def run(kind: str, **options: Any) -> tuple[Recorder, Any, StepInput, list[Tensor]]:
     coding = coding_of(kind)
     student = Recorder(coding.num_outputs)
     teacher = Teacher(student, 0.9)
+    teacher.module.double()
     method = METHODS["self_training"](MethodConfig(**{**PLAIN, **options}), coding, IDENTITY)
     given = StepInput(4, 0, make_batch(1, True), make_batch(2, False), student, teacher, nullcontext)
     losses = [part() for part in method.parts(given)]
-    student.coding = coding  # type: ignore[assignment]
     return student, coding, given, losses
 
 
+def coded_parts(coding: Any) -> tuple[list[list[int]] | None, float]:
+    """What the literal readings need of a coding: its codewords and T."""
+    return (coding.codebook.matrix.tolist(), coding.reliability) if isinstance(coding, EcocCoding) else (None, 0.0)
+
+
 @pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
-@pytest.mark.parametrize("weighting", ["image", "batch", "pixel"])
-def test_mixed_loss_equals_a_literal_one(kind: str, weighting: str) -> None:
-    options = {"weighting": weighting, "confidence_threshold": THRESHOLD[kind], "ignore_top": 2, "ignore_bottom": 3}
+@pytest.mark.parametrize(("weighting", "mix_classes"), [("image", "batch"), ("batch", "batch"), ("pixel", "image")])
+def test_a_mixed_loss_equals_a_literal_one(kind: str, weighting: str, mix_classes: str) -> None:
+    """Ignored rows, padding, the three weights, both ways to draw classes."""
+    options = {"weighting": weighting, "confidence_threshold": THRESHOLD[kind], "ignore_top": 2, "ignore_bottom": 3,
+               "mix_classes": mix_classes, "mixed_weight": 0.7}
     student, coding, given, losses = run(kind, **options)
-    source, target = given.labeled, given.unlabeled
-    assert target is not None and given.teacher is not None
-    pseudo = coding.pseudo_label(given.teacher.module(target.image.float() / 255), size=(H, W))
-    confident = pseudo.confidence >= THRESHOLD[kind]
-    assert 0.05 < confident.float().mean() < 0.95  # else the weights below would test nothing
+    source, target, (codes, reliability) = given.labeled, given.unlabeled, coded_parts(coding)
+    guessed = given.teacher.module(target.image.float() / 255)
+    labels, bits = source.labels.clone(), reference.true_bits(source.labels, codes)
+    confident, weight = torch.zeros(2, H, W, dtype=torch.bool), torch.ones(2, H, W, dtype=torch.float64)
+    pasted = torch.empty(2, H, W, dtype=torch.bool)
     mixed_image = student.seen[1]
-    loss = torch.zeros(())
     for b in range(2):
-        pasted = (mixed_image[b] == source.image[b].float() / 255).all(0)
+        pasted[b] = (mixed_image[b] == source.image[b].float() / 255).all(0)
         kept = (mixed_image[b] == target.image[b].float() / 255).all(0)
-        assert (pasted ^ kept).all()
+        assert (pasted[b] ^ kept).all()
         classes = set(source.labels[b].unique().tolist())
-        from_source = {c for c in classes if pasted[source.labels[b] == c].all()}
-        assert len(from_source) == (len(classes) + 1) // 2  # half, rounded up, and whole classes only
-        assert pasted.sum() == sum(int((source.labels[b] == c).sum()) for c in from_source)
-        share = {"image": confident[b].float().mean(), "batch": confident.float().mean(), "pixel": None}[weighting]
-        true = coding.encode(source.labels[b:b + 1])
+        from_source = {c for c in classes if pasted[b][source.labels[b] == c].all()}
+        if mix_classes == "image" or b == 0:  # the first has all classes of the batch
+            assert len(from_source) == (len(classes) + 1) // 2  # half, rounded up, and whole classes only
+        assert pasted[b].sum() == sum(int((source.labels[b] == c).sum()) for c in from_source)
         for y in range(H):
             for x in range(W):
-                cell = (slice(None), slice(y, y + 1), slice(x, x + 1))
-                one = true if pasted[y, x] else pseudo
-                index = 0 if pasted[y, x] else b
-                part = type(one)(
-                    labels=one.labels[index:index + 1][cell], weight=torch.ones(1, 1, 1),
-                    is_true=one.is_true[index:index + 1][cell],
-                    bits=None if one.bits is None else one.bits[index:index + 1, :, y:y + 1, x:x + 1])
-                weight = 1.0
-                if not pasted[y, x]:
-                    weight = float(confident[b, y, x]) if share is None else float(share)
-                    if y < 2 or y >= H - 3 or not target.valid[b, y, x]:
-                        weight = 0.0
-                logits = student.layer(mixed_image[b:b + 1, :, y:y + 1, x:x + 1]) * 4
-                loss = loss + weight * coding.loss(logits, part, average="all")["loss"]
-    torch.testing.assert_close(losses[1], loss / (2 * H * W), atol=1e-5, rtol=1e-5)
+                label, code, confidence = reference.guess(guessed[b, :, y, x].tolist(), codes, reliability)
+                confident[b, y, x] = confidence >= THRESHOLD[kind]
+                if not pasted[b, y, x]:
+                    labels[b, y, x] = label if target.valid[b, y, x] else 255
+                    bits[b, :, y, x] = torch.tensor(code, dtype=torch.bool)
+    assert 0.05 < confident.float().mean() < 0.95  # else the weights would test nothing
+    for b in range(2):
+        share = {"image": confident[b].double().mean(), "batch": confident.double().mean(), "pixel": None}[weighting]
+        guess_weight = confident[b].double() if share is None else torch.full((H, W), float(share), dtype=torch.float64)
+        guess_weight[:2] = guess_weight[-3:] = 0
+        weight[b][~pasted[b]] = guess_weight[~pasted[b]]
+    want = 0.7 * reference.sum_of_losses(student.logits(mixed_image), labels, bits, weight, codes) / (2 * H * W)
+    assert losses[1].item() == pytest.approx(want, rel=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["one_hot", "ecoc"])
-def test_labeled_loss_is_the_codings_on_the_source_image(kind: str) -> None:
-    student, coding, given, losses = run(kind)
-    want = coding.loss(student.layer(given.labeled.image.float() / 255) * 4, coding.encode(given.labeled.labels))["loss"]
-    torch.testing.assert_close(losses[0], want)
+@pytest.mark.parametrize("average", ["all", "valid"])
+def test_a_labeled_loss_equals_a_literal_one(kind: str, average: str) -> None:
+    student, coding, given, losses = run(kind, average=average)
+    labels, (codes, _) = given.labeled.labels, coded_parts(coding)
+    total = reference.sum_of_losses(student.logits(given.labeled.image.float() / 255), labels,
+                                    reference.true_bits(labels, codes), torch.ones(labels.shape), codes)
+    number = labels.numel() if average == "all" else int((labels != 255).sum())
+    assert losses[0].item() == pytest.approx(total / number, rel=1e-8)
 
 
 def test_draws_depend_on_step_and_seed_alone() -> None:
@@ -120,6 +133,7 @@ def test_draws_depend_on_step_and_seed_alone() -> None:
     seen = []
     for step, seed in ((4, 0), (5, 0), (4, 1)):
         given = StepInput(step, seed, make_batch(1, True), make_batch(2, False), student, Teacher(student, 0.9), nullcontext)
+        given.teacher.module.double()
         student.seen.clear()
         for part in method.parts(given):
             part()
