@@ -13,6 +13,8 @@ from ecocseg.storage import Storage, join
 from ecocseg.tracking import METRICS_FILE, parse_metrics
 
 BASELINE = "one-hot"
+CHAIN = ("teacher", "round1", "round2")
+"""Folders of ST++'s runs in that of the whole, in their order (see stpp.py)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Run:
     last: dict[str, float]
     best: dict[str, float]
     metrics: list[dict[str, Any]]
+    stage: str = ""
+    """Which run of ST++'s chain the metrics are of."""
 
     @property
     def steps(self) -> int:
@@ -42,10 +46,13 @@ def _read_run(url: str, storage: Storage) -> Run:
     name = url.rstrip("/").rpartition("/")[2]
     match = re.fullmatch(r"(.+)-seed(\d+)", name)
     variant, seed = (match[1], int(match[2])) if match else (name, None)
-    metrics_url = join(url, METRICS_FILE)
-    metrics = parse_metrics(storage.read_bytes(metrics_url).decode()) if storage.exists(metrics_url) else []
+    stage, metrics = "", []
+    for folder in ("", *CHAIN):  # of ST++ the last of its runs that has begun
+        metrics_url = join(url, folder, METRICS_FILE) if folder else join(url, METRICS_FILE)
+        if storage.exists(metrics_url):
+            stage, metrics = folder, parse_metrics(storage.read_bytes(metrics_url).decode())
     if not storage.exists(join(url, "result.json")):
-        return Run(variant, seed, {}, {}, metrics)
+        return Run(variant, seed, {}, {}, metrics, stage)
     last = final_scores(json.loads(storage.read_bytes(join(url, "result.json")))["results"])
     best = dict(last)
     for record in metrics:
@@ -55,7 +62,7 @@ def _read_run(url: str, storage: Storage) -> Run:
                 column = " ".join(place)
                 if kind == "dice" or f"{'/'.join(place)}/dice" not in record:
                     best[column] = max(best.get(column, 0.0), 100 * value)
-    return Run(variant, seed, last, best, metrics)
+    return Run(variant, seed, last, best, metrics, stage)
 
 
 def final_scores(results: dict[str, Any]) -> dict[str, float]:
@@ -79,7 +86,8 @@ def scores_table(runs: Sequence[Run], kind: str = "last", baseline: str = BASELI
               for name, by in scores.items()]
     for column in [c for c in columns if c.split()[0] == columns[0].split()[0]]:  # those of the first evaluation set
         lines += _differences(scores, column, baseline)
-    lost = [f"- {run.variant}, seed {run.seed}: ended at step {run.steps}" for run in runs if not run.last]
+    lost = [f"- {run.variant}, seed {run.seed}: ended at step {run.steps}"
+            + (f" of {run.stage}" if run.stage else "") for run in runs if not run.last]
     return "\n".join(lines + (["", "did not finish:", *lost] if lost else []))
 
 

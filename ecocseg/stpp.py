@@ -63,12 +63,16 @@ def train(config: RunConfig, run: Callable[[RunConfig], RunResult], say: Callabl
 
 
 def teacher_stage(config: RunConfig) -> RunConfig:
-    """The run of labelled images alone, in batches as large as the students' two; its checkpoints of each third are kept."""
+    """The run of labelled images alone, in batches as large as the students' two; its checkpoints of each third are kept.
+
+    The recipe's learning rate is meant for that larger batch here, and follows optim.lr_rule from there as the students' does.
+    """
     steps = config.method.teacher_steps or config.train.steps
     third = -(-steps // 3)
-    batch = config.train.labeled_batch + config.train.unlabeled_batch
+    labeled, batch = config.train.labeled_batch, config.train.labeled_batch + config.train.unlabeled_batch
+    lr_batch = max(1, round((config.optim.lr_batch or labeled) * batch / labeled))
     return config.updated(
-        method={"kind": "supervised"}, run={"name": join(str(config.run.name), TEACHER)}, optim={"lr_batch": None},
+        method={"kind": "supervised"}, run={"name": join(str(config.run.name), TEACHER)}, optim={"lr_batch": lr_batch},
         train={"steps": steps, "labeled_batch": batch, "checkpoint_every": third, "eval_every": third,
                "keep_checkpoints": steps, "compare_with_source_only": False})
 

@@ -55,6 +55,24 @@ def test_a_curve_is_the_mean_over_seeds(runs: Path, capsys: pytest.CaptureFixtur
     assert "| one-hot | 0.150 | 0.300 | 0.450 | 0.600 | 0.750 |" in report(capsys, str(runs), "--curve", "pseudo/weight")
 
 
+def test_a_chain_of_runs_is_read_by_its_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ST++: the curve lies in the folder of its last run, the result in that of the whole."""
+    for seed, done in ((0, True), (1, False)):
+        whole = tmp_path / f"ST++-seed{seed}"
+        for folder, scores in (("teacher", [0.99]), ("round1", [0.98]), ("round2", [0.7, 0.5])):
+            if folder == "round2" and not done:
+                continue
+            (whole / folder).mkdir(parents=True)
+            (whole / folder / "metrics.jsonl").write_text("".join(
+                json.dumps({"step": 9 + n, "val/student/miou": score}) + "\n" for n, score in enumerate(scores)))
+        (whole / "config.yaml").write_text("{}")
+        if done:
+            (whole / "result.json").write_text(json.dumps({"results": {"val": {"student": {"score": 0.5}}}}))
+    assert "| ST++ | 50.0 |" in report(capsys, str(tmp_path))
+    text = report(capsys, str(tmp_path), "--best")
+    assert "| ST++ | 70.0 |" in text and text.rstrip().endswith("- ST++, seed 1: ended at step 9 of round1")
+
+
 def test_what_is_not_there_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = load_job("report").main
     assert run_main(lambda: main([str(runs), "--curve", "pseudo/wait"])) == 2
