@@ -187,7 +187,8 @@ class MethodConfig(Section):
     confidence_threshold: float = Field(0.968, ge=0, le=1)
     """Confidence from which a pixel counts towards the pseudo-label weight. DACS, DAFormer 0.968."""
     weighting: Literal["image", "batch", "pixel", "by_coding"] = "image"
-    """Pseudo-label weight: share of the image's confident pixels, of the worker's whole batch (released code), or per pixel;
+    """Pseudo-label weight: share of the image's confident pixels, of all images that a worker takes at once (released code; so
+    more workers, or a smaller train.micro_batch, make it that of fewer images; the run's first line says so), or per pixel;
     by_coding = image with ECOC, pixel with one_hot (what is published of FixMatch and UniMatch; with one_hot ST++ has none)."""
     ignore_top: int = Field(0, ge=0)
     """Rows of pixels at the top of a target crop whose pseudo-labels weigh nothing. DAFormer on Cityscapes 15."""
@@ -237,8 +238,9 @@ class MethodConfig(Section):
     ohem_threshold: float | None = Field(None, gt=0, lt=1)
     """Labelled pixels given this probability or less of being right are learned, the others not; null = all are. With ECOC
     it is the mean over a pixel's bits. UniMatch on Cityscapes 0.7."""
-    ohem_min_pixels: int = Field(200000, ge=1)
-    """Number of the hardest pixels of each labelled image that are learned in any case. UniMatch on Cityscapes 200000."""
+    ohem_min_pixels: int = Field(100000, ge=1)
+    """Number of the hardest pixels of each labelled image that are learned in any case. UniMatch on Cityscapes 100000: 200000
+    of the two images that a GPU has."""
     feature_distance: float = Field(0.0, ge=0)
     """Weight of the thing-class feature distance; needs a pretrained encoder. DAFormer 0.005."""
     feature_distance_classes: tuple[NonNegativeInt, ...] = ()
@@ -409,6 +411,8 @@ class RunConfig(Section):
     """One line on what the recipe is."""
     published: str | None = None
     """Published result of this very setting, if there is one."""
+    cost: str | None = None
+    """Published hours and memory of this very setting, if there are any."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     coding: CodingConfig = CodingConfig()

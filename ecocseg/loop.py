@@ -31,6 +31,7 @@ from ecocseg.errors import InputError, Restart
 from ecocseg.evaluate import EvalResult, Normalize, evaluate, samples_of_rows
 from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
+from ecocseg.models.heads import HEADS
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
 from ecocseg.rank_times import RankTimes, slowest
@@ -217,7 +218,7 @@ class Session:
         """One optimiser step over this worker's slice of the global batch."""
         step, seed = self.step, self.config.train.seed
         torch.manual_seed(random_generator(seed, step, self.world.rank, 7).initial_seed())  # dropout, stochastic depth
-        if self.teacher is not None and step > 0:
+        if self.teacher is not None and step > 0 and not self.teacher.whole:
             self.teacher.update(self.model)
         if self.buffers is not None:
             self.buffers.keep()
@@ -250,6 +251,8 @@ class Session:
             self.skipped.append(self.engine.skipped)
             if self.buffers is not None:
                 self.buffers.put_back(self.engine.skipped)
+        if self.teacher is not None and self.teacher.whole:  # the last student is in what is evaluated and saved
+            self.teacher.update(self.model)
         self.history[-1]["gradient_norm"] = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32)
 
     def _sum_counts(self, steps: list[StepInput]) -> None:
@@ -423,7 +426,8 @@ class Session:
         train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.config.needs_unlabeled else ""
         return (f"{train.labeled_batch}{unlabeled} images a step over {self.world.size} worker(s), "
                 f"{self.micro_batches} micro-batch(es) each; {lr_line(self.config)}"
-                + (f"; memory {self.memory.describe()}" if self.memory else ""))
+                f"{batch_weight_line(self.config, self.world.size * self.micro_batches)}; memory "
+                + (self.memory.describe() if self.memory else "not estimated, the model does not run without content"))
 
     def _say(self, text: str) -> None:
         self.report({"kind": "message", "text": text})
@@ -470,6 +474,14 @@ def batch_size(config: RunConfig, stream: str) -> int:
     return config.train.labeled_batch if stream == "labeled" else config.train.unlabeled_batch
 
 
+def batch_weight_line(config: RunConfig, shares: int) -> str:
+    """What method.weighting=batch means where the global batch is taken in more than one share; else nothing."""
+    if config.method.weighting != "batch" or not config.needs_unlabeled or shares == 1:
+        return ""
+    each, whole = config.train.unlabeled_batch // shares, config.train.unlabeled_batch
+    return f"; method.weighting=batch: one pseudo-label weight for each {each} image(s) taken at once, not for all {whole}"
+
+
 def lr_line(config: RunConfig) -> str:
     """The learning rate, and what became of it where the batch is not the one it was chosen for."""
     optim, size = config.optim, config.train.labeled_batch
@@ -501,13 +513,31 @@ def micro_batches(config: RunConfig, workers: int) -> int:
         raise InputError(f"train.unlabeled_batch: method.kind=unimatch_v2 pastes pairs of images, and {workers} worker(s) get "
                          f"{config.train.unlabeled_batch // workers} of {config.train.unlabeled_batch} each; use fewer "
                          f"launch.workers, or a multiple of {2 * workers} images")
+    least = _fewest_images(config, workers)
+    enough = False
     for number in range(1, share + 1):
-        paired = not in_pairs or config.train.unlabeled_batch // workers // number % 2 == 0
-        if paired and share % number == 0 and config.train.labeled_batch // workers // number <= most:
+        labeled, unlabeled = (sizes.get(f"train.{kind}_batch", 0) // workers // number for kind in ("labeled", "unlabeled"))
+        if share % number or (in_pairs and unlabeled % 2):
+            continue
+        fits = METHODS[config.method.kind].fewest_images(labeled, unlabeled) >= least
+        enough = enough or fits
+        if fits and labeled <= most:
             return number
+    if not enough:
+        raise InputError(f"model.head: {config.model.head} normalises one pooled value an image over the batch, so each pass "
+                         f"needs two images or more, and {workers} worker(s) share {sizes}; use fewer launch.workers, larger "
+                         "batches, engine.sync_batch_norm=true on GPUs, or another head")
     raise InputError(f"train.micro_batch: {most} cannot be reached: {sizes} over {workers} workers share no such division"
                      + (" into pairs of unlabelled images" if in_pairs else "")
+                     + (f" that leaves model.head={config.model.head} two images a pass" if least > 1 else "")
                      + "; raise it, or make the batch sizes multiples of each other")
+
+
+def _fewest_images(config: RunConfig, workers: int) -> int:
+    """Images that each pass in training needs on a worker."""
+    head = HEADS.get(config.model.head)
+    together = config.engine.sync_batch_norm and workers > 1  # norms see all workers' images
+    return 1 if head is None or together else head.fewest_images
 
 
 def load_manifests(config: RunConfig) -> dict[str, Manifest]:

@@ -100,20 +100,33 @@ def check(config: RunConfig, model: nn.Module, world: World, micro_batches: int)
     there = available_bytes(world.device)
     needed = found.total + (found.snapshot if world.device.type == "cpu" and world.rank == 0 else 0)
     if config.launch.check_memory and needed > there:
-        raise InputError(refusal(config, found, there, micro_batches))
+        raise InputError(refusal(config, found, there, world.size, micro_batches))
     return found
 
 
-def refusal(config: RunConfig, found: Estimate, there: int, micro_batches: int) -> str:
+def refusal(config: RunConfig, found: Estimate, there: int, workers: int, micro_batches: int) -> str:
     """The message of a step that does not fit, with the keys that make it smaller and are not at their end."""
-    per_worker = config.train.labeled_batch // max(1, micro_batches)
-    remedies = ["train.micro_batch=1 (accumulation follows)"] if found.images > 1 and per_worker > 1 else []
+    smaller = smaller_micro_batch(config, workers, micro_batches)
+    remedies = [] if smaller is None else [f"train.micro_batch={smaller} (accumulation follows)"]
     remedies += [] if config.model.activation_checkpointing else ["model.activation_checkpointing=true"]
     remedies += [] if config.engine.precision == "bf16" else ["engine.precision=bf16"]
     remedies += ["engine.zero_stage=1"] if config.engine.zero_stage == 0 else []
     remedies.append(f"a smaller data.crop than {config.data.crop[0]} x {config.data.crop[1]}")
     return (f"memory: a step takes {found.describe()}; this device has {there / GB:.1f} GB. Use {', '.join(remedies)}, or more "
             "workers; launch.check_memory=false tries all the same")
+
+
+def smaller_micro_batch(config: RunConfig, workers: int, micro_batches: int) -> int | None:
+    """The largest train.micro_batch below what a worker takes at once now that method, head and batches allow, or None."""
+    from ecocseg.loop import micro_batches as divide  # which imports this module
+
+    for size in range(config.train.labeled_batch // (workers * micro_batches) - 1, 0, -1):
+        try:
+            number = divide(config.updated(train={"micro_batch": size}), workers)
+            return config.train.labeled_batch // (workers * number)
+        except InputError:
+            continue
+    return None
 
 
 def available_bytes(device: torch.device) -> int:

@@ -19,7 +19,8 @@ class Teacher:
     Batch norm stays in training mode and keeps statistics of its own, as in the released DACS and DAFormer;
     dropout and stochastic depth are off.
 
-    With `whole`, as in UniMatch V2, buffers are averaged too and batch norm uses them; the first update copies the student.
+    With `whole`, as in UniMatch V2, buffers are averaged too and batch norm uses them; updates are made after the optimiser's
+    step instead of before the next one, and the first copies the student.
     """
 
     def __init__(self, student: nn.Module, decay: float, whole: bool = False) -> None:
@@ -36,7 +37,8 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Move one step towards the student's parameters; called at the start of each step but the first."""
+        """Move one step towards the student's parameters; called at the start of each step but the first, or with `whole`
+        at the end of each."""
         self.updates += 1
         alpha = min(1 - 1 / (self.updates + (0 if self.whole else 1)), self.decay)
         mine: list[torch.Tensor] = list(self.module.parameters())

@@ -46,7 +46,8 @@ def newest(run: Path) -> checkpoint.Snapshot:
 
 @pytest.mark.parametrize("changes", [
     {}, {"coding__kind": "one_hot", "engine__channels_last": True}, {"method__kind": "supervised"},
-    {"optim__kind": "sgd", "train__micro_batch": 2}])
+    {"optim__kind": "sgd", "train__micro_batch": 2},
+    {"method__kind": "unimatch_v2", "method__average": "valid", "model__dropout": 0.0}])
 def test_ten_steps_equal_five_a_new_start_and_five(tiny: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = tiny_config(tiny, tmp_path / "a", **changes)
     train(whole)
@@ -80,7 +81,7 @@ def test_every_micro_batch_knows_the_classes_of_the_whole_batch(tiny: Path, tmp_
 
     monkeypatch.setattr(SelfTraining, "parts", noting)
     monkeypatch.setattr(World, "sum", summed)
-    train(tiny_config(tiny, tmp_path, train__micro_batch=1, train__steps=2, train__checkpoint_every=0,
+    train(tiny_config(tiny, tmp_path, train__micro_batch=1, train__steps=2, train__checkpoint_every=0, optim__warmup_steps=0,
                       method__mix_classes=mix_classes, data__crop=[16, 16], data__max_class_share=1.0))
     assert len(seen) == 8
     for step in (seen[:4], seen[4:]):
@@ -133,6 +134,17 @@ def test_bf16_trains_evaluates_and_is_near_fp32(tiny: Path, tmp_path: Path) -> N
     assert found["bf16"] == pytest.approx(found["fp32"], rel=0.05)
     assert all(value.dtype == torch.float32 for value in newest(tmp_path / "bf16/run").student.values()
                if value.is_floating_point())
+
+
+@pytest.mark.parametrize("kind", ["unimatch_v2", "self_training"])
+def test_the_last_student_is_in_the_teacher_that_is_saved_of_unimatch_v2_alone(tiny: Path, tmp_path: Path, kind: str) -> None:
+    """With a decay of 0 the teacher is the student it last saw."""
+    train(tiny_config(tiny, tmp_path, method__kind=kind, method__ema_decay=0.0, train__steps=3, train__checkpoint_every=0,
+                      optim__warmup_steps=0, model__dropout=0.0))
+    saved = newest(tmp_path / "run")
+    assert saved.meta["teacher_updates"] == (3 if kind == "unimatch_v2" else 2)
+    same = [torch.equal(saved.student[key], value) for key, value in (saved.teacher or {}).items()]
+    assert all(same) == (kind == "unimatch_v2")
 
 
 def test_seeds_differ_and_repeat(tiny: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,68 @@ def test_a_step_that_does_not_fit_is_refused_with_numbers_and_remedies(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
     plain = config(tmp_path)
-    with pytest.raises(InputError, match=r"(?s)memory: .* of 4 image.*this device has 0.0 GB.*train.micro_batch=1.*data.crop"):
+    with pytest.raises(InputError, match=r"(?s)memory: .* of 4 image.*this device has 0.0 GB.*train.micro_batch=2.*data.crop"):
         memory.check(plain, model_of(plain), World(), 1)
     assert memory.check(config(tmp_path, launch__check_memory=False), model_of(plain), World(), 1) is not None
-    text = memory.refusal(load("mic_gta2cityscapes"), memory.Estimate(1, 1, 1, 10**11, 2), 10**10, 1)
+    text = memory.refusal(load("mic_gta2cityscapes"), memory.Estimate(1, 1, 1, 10**11, 2), 10**10, 1, 1)
     assert "activation_checkpointing=true" in text and "engine.precision=bf16" in text and "100.0 GB" in text
+
+
+@pytest.mark.parametrize(("recipe", "changes", "workers", "offered"), [
+    ("daformer_gta2cityscapes", [], 1, [1]), ("daformer_gta2cityscapes", [], 2, []),
+    ("unimatch_v2_voc_92", [], 1, [8, 4, 2]),  # pairs of images stay together
+    ("unimatch_v2_voc_92", [], 8, []),
+    ("unimatch_coco_1_512", [], 8, []),  # one image on each GPU already
+    ("unimatch_coco_1_512", [], 4, [1]),  # batch norm over all workers
+    ("fixmatch_voc_1_16", [], 1, [4, 2]),  # an image's pooled value is normalised over a batch
+    ("unimatch_voc_1_16", [], 1, [4, 2, 1]),  # no pass has fewer than two images
+    ("stpp_voc_1_16", [], 1, [4, 2]), ("unimatch_voc_1_16", ["method.kind=supervised"], 1, [4, 2]),
+    ("unimatch_voc_1_16", ["method.kind=unimatch_v2"], 1, [4, 2])])
+def test_the_smaller_micro_batches_that_are_offered_are_accepted(recipe: str, changes: list[str], workers: int,
+                                                                 offered: list[int]) -> None:
+    """One after another, until none is left to offer."""
+    plain, found = load(recipe, overrides=changes), []
+    while len(found) < 9:
+        number = loop.micro_batches(plain, workers)
+        text = memory.refusal(plain, memory.Estimate(1, 1, 1, 10**11, 2), 10**10, workers, number)
+        match = re.search(r"train.micro_batch=(\d+)", text)
+        if match is None:
+            break
+        found.append(int(match[1]))
+        plain = plain.updated(train={"micro_batch": found[-1]})
+        assert loop.micro_batches(plain, workers) > number
+    assert found == offered
+
+
+def test_too_few_images_for_a_pooled_head_are_refused_before_the_first_step() -> None:
+    plain = load("unimatch_voc_1_16", overrides=["method.kind=fixmatch", "engine.sync_batch_norm=false"])
+    assert loop.micro_batches(plain, 4) == 1
+    with pytest.raises(InputError, match="model.head: deeplabv3plus normalises .* 8 worker.s. share"):
+        loop.micro_batches(plain, 8)
+    with pytest.raises(InputError, match="train.micro_batch: 1 cannot be reached.*leaves model.head=deeplabv3plus two images"):
+        loop.micro_batches(plain.updated(train={"micro_batch": 1}), 4)
+    assert loop.micro_batches(plain.updated(engine={"sync_batch_norm": True}), 8) == 1
+
+
+def test_a_model_that_cannot_be_estimated_is_said_to_be(tmp_path: Path, tiny: Path) -> None:
+    def refusing(*_: object) -> None:
+        raise NotImplementedError
+
+    plain = tiny_config(tiny, tmp_path, launch__check_memory=True)
+    model = model_of(plain)
+    model.forward = refusing  # type: ignore[method-assign]
+    assert memory.check(plain, model, World(), 1) is None
+    session = loop.Session(plain, str(tmp_path / "run"), World(), lambda message: False)
+    assert "memory about" in session.batch_line()
+    session.memory = None
+    assert "memory not estimated" in session.batch_line()
+
+
+def test_a_weight_for_each_share_of_the_batch_is_said() -> None:
+    recipe = load("daformer_gta2cityscapes")
+    assert loop.batch_weight_line(recipe, 1) == "" != loop.batch_weight_line(recipe, 2)
+    assert "each 1 image(s) taken at once, not for all 2" in loop.batch_weight_line(recipe, 2)
+    assert loop.batch_weight_line(recipe.updated(method={"weighting": "image"}), 2) == ""
 
 
 def test_the_learning_rate_follows_the_batch_by_the_rule(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ecocseg.errors import InputError
+from ecocseg.models.heads import PooledContext
 from ecocseg.models.segmenter import Segmenter, build_segmenter, describe, parameter_groups
 
 TINY = "mobilenetv3_small_100"
@@ -493,3 +494,19 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     model = tiny("mit_b0")
     model.encoder.requires_grad_(False)
     assert [g["name"] for g in parameter_groups(model, 1.0, 10.0, 0.01, "norm_and_position")] == ["decoder"]
+
+
+def test_one_image_a_worker_is_enough_where_norms_see_all_workers_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = PooledContext(4, 8).train()
+    image = torch.randn(1, 4, 3, 3)
+    with pytest.raises(InputError, match="two images or more"):
+        context(image)
+    together = torch.nn.SyncBatchNorm.convert_sync_batchnorm(context)
+    with pytest.raises(InputError, match="two images or more"):  # of one worker
+        together(image)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    together.project[1].forward = lambda x: x  # it takes GPU tensors alone
+    assert together(image).shape == (1, 8, 3, 3)
+    with pytest.raises(InputError, match="two images or more"):
+        PooledContext(4, 8).train()(image)

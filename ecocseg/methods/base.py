@@ -71,6 +71,11 @@ class Method:
         return max(labeled, unlabeled)
 
     @classmethod
+    def fewest_images(cls, labeled: int, unlabeled: int) -> int:
+        """Images in the smallest pass of such a micro-batch that batch norm takes statistics of; 0 unlabelled: none."""
+        return min(labeled, unlabeled) if unlabeled else labeled
+
+    @classmethod
     def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
         """Images a step passes through the model with a gradient, and without one (teacher's and partners' labels); for the
         estimate of its time."""

@@ -39,6 +39,10 @@ class FixMatch(Supervised):
         return max(labeled + unlabeled, cls.num_views * unlabeled)
 
     @classmethod
+    def fewest_images(cls, labeled: int, unlabeled: int) -> int:
+        return cls.num_views * unlabeled
+
+    @classmethod
     def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
         return labeled + (1 + cls.num_views) * unlabeled, unlabeled
 

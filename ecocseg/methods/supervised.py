@@ -120,8 +120,8 @@ class StPlusPlus(Supervised):
 
 def hard_pixel_weight(certainty_BHW: Tensor, labels_BHW: Tensor, threshold: float, least: int) -> Tensor:
     """1 / n on the n labelled pixels of each image whose certainty is at most `threshold`, or that are among its `least`
-    most uncertain ones; 0 elsewhere. Online hard example mining as UniMatch has it on Cityscapes, where a GPU sees one
-    image: chosen and averaged image by image here, whatever the number of workers. Shape: float [B, H, W].
+    most uncertain ones; 0 elsewhere. Online hard example mining as UniMatch has it on Cityscapes, but for one thing: there
+    the two images of a GPU share one choice, here each has its own, whatever the number of workers. Shape: float [B, H, W].
     """
     known_BHW = labels_BHW != IGNORE
     certainty_BP = certainty_BHW.masked_fill(~known_BHW, torch.inf).flatten(1)

@@ -33,6 +33,10 @@ class UniMatchV2(FixMatch):
         return max(labeled, cls.num_views * unlabeled)
 
     @classmethod
+    def fewest_images(cls, labeled: int, unlabeled: int) -> int:
+        return min(labeled, cls.num_views * unlabeled)
+
+    @classmethod
     def images_per_step(cls, labeled: int, unlabeled: int) -> tuple[int, int]:
         return labeled + cls.num_views * unlabeled, unlabeled
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +61,8 @@ class Head(nn.Module):
 
     feature_dropout_levels: tuple[int, ...] | None = None
     """Indices of the maps the head reads and UniMatch's feature perturbation drops channels of; None = all of them."""
+    fewest_images = 1
+    """Images that a pass in training needs on one worker; 2 where one pooled value an image is normalised over the batch."""
 
     @classmethod
     def default_channels(cls, inputs: Sequence[int]) -> int:
@@ -161,7 +164,9 @@ class PooledContext(nn.Module):
         self.project = conv_norm_relu(inputs, channels)
 
     def forward(self, map_BChw: Tensor) -> Tensor:
-        if self.project[1].training and len(map_BChw) * self.bins == 1:  # a teacher may be in eval mode, its norms not
+        norm = self.project[1]
+        alone = not (isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1)
+        if norm.training and alone and len(map_BChw) * self.bins == 1:  # a teacher may be in eval mode, its norms not
             raise InputError("model.head: deeplabv3plus and pspnet normalise one pooled value per image over the batch, so "
                              "each forward pass needs two images or more; raise the batch or train.micro_batch, or "
                              "choose another head")
@@ -175,6 +180,7 @@ class DeepLabV3PlusHead(Head):
     with corners aligned, as in UniMatch's code. UniMatch has no dropout before the classifier: dropout 0 is its recipe.
     """
 
+    fewest_images = 2
     feature_dropout_levels = (0, -1)
     dilations = (6, 12, 18)
     low_channels = 48
@@ -206,6 +212,7 @@ class PspHead(Head):
     have a quarter of the last map's channels there, and single values are dropped out, not channels.
     """
 
+    fewest_images = 2
     feature_dropout_levels = (-1,)
     bins = (1, 2, 3, 6)
 
