@@ -102,9 +102,9 @@ def list_recipes(adaptation_first: bool = True) -> str:
         lines = [f"{name}: {config.description}",
                  f"  {config.method.kind}, {model.encoder} + {model.head} ({takes['parameters']} M parameters), {train.steps} "
                  f"steps of {train.labeled_batch}{unlabeled} images", f"  data       {', '.join(urls)}"]
-        lines += [f"  published  {config.published}"] if config.published else []
+        lines += [f"  published  {text}" for text in (config.published, config.cost) if text]
         hours = f"{takes['hours']:g}" if takes["hours"] >= 0.1 else "under 0.1"
-        lines.append(f"  estimated  {hours} h on {takes['gpus']} GPU(s) of {expect.GPU_RATE / 1e12:.0f} TFLOP/s, "
+        lines.append(f"  estimated  {hours} h on {takes['gpus']} GPU(s) of {expect.gpu_rate(config) / 1e12:g} TFLOP/s, "
                      f"{takes['gb']} GB each")
         blocks[config.is_adaptation].append("\n".join(lines))
     titles = {True: "to another domain (jobs/train_uda.py)", False: "few labels (jobs/train_ssl.py)"}

@@ -19,8 +19,12 @@ from ecocseg.methods import METHODS
 
 TABLE = RECIPES / "expected.json"
 GPU_RATE = 20e12
-"""Operations a second that a GPU is taken to reach in training: an eighth of what NVIDIA states for an A100 in TF32. DAFormer's
-16 hours on an RTX 2080 Ti, as its authors report them, are a fifth of that card's by the same count; faster cards wait more."""
+"""Operations a second that a GPU is taken to reach in training: an eighth of what NVIDIA states for an A100 in TF32. UniMatch
+on VOC at 513, 16.8 hours on two GPUs in ECOCSeg's table, is 17e12 by the same count."""
+ENCODER_RATES = {"mit_b": 3.3e12}
+"""The same for encoders, by how their names begin, that are much slower than their operations: MiT's depthwise convolutions
+and attention over few images wait for memory. Of DAFormer's 13.7 hours on one GPU in that table; its authors' 16 hours on an
+RTX 2080 Ti say the same."""
 LONG_HOURS, GPU_GB = 24, 80
 
 
@@ -29,6 +33,7 @@ def step_operations(config: RunConfig) -> float:
     kind = METHODS[config.method.kind]
     learning, labelling = kind.images_per_step(config.train.labeled_batch,
                                                config.train.unlabeled_batch if config.needs_unlabeled else 0)
+    labelling += config.train.labeled_batch * (config.method.feature_distance > 0)  # by the frozen encoder, most of a model
     height, width = config.data.crop
     return _forward_operations(config.model.model_dump_json(), height, width) * (3 * learning + labelling)
 
@@ -44,13 +49,18 @@ def _forward_operations(model_json: str, height: int, width: int) -> float:
     return counter.get_total_flops() / 2
 
 
+def gpu_rate(config: RunConfig) -> float:
+    """Operations a second that a GPU is taken to reach with a recipe's encoder."""
+    return next((rate for start, rate in ENCODER_RATES.items() if config.model.encoder.startswith(start)), GPU_RATE)
+
+
 def expect(config: RunConfig) -> dict[str, Any]:
     """Parameters in millions, and for the fewest GPUs (1, 2, 4 or 8) that need no more than a day and 80 GB each, or for 8:
     their number, hours, and GB of each."""
     steps: float = config.train.steps
     if config.method.kind == "stpp":  # a teacher and two students; labelling is little beside them
         steps = (config.method.teacher_steps or steps) + (config.method.stable_share + 1) * steps
-    hours = steps * step_operations(config) / GPU_RATE / 3600
+    hours = steps * step_operations(config) / gpu_rate(config) / 3600
     num_classes = CLASS_LISTS[config.data.classes].num_classes if config.data.classes else 1
     with torch.device("meta"):
         model = checkpoint.build_model(config.model, num_classes, pretrained=False)

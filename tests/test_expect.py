@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_config
 
-from ecocseg import expect, loop
+from ecocseg import cli, expect, loop
 from ecocseg.config import load, recipe_names
 from ecocseg.engine import World
 from ecocseg.methods import METHODS
@@ -43,8 +44,30 @@ def test_operations_of_a_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expect.step_operations(config.updated(method={"kind": "supervised"})) == image * 3 * 8
 
 
+def test_the_frozen_encoder_of_the_feature_distance_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expect, "_forward_operations", lambda *_: 1.0)
+    with_distance = load("daformer_gta2cityscapes")
+    assert expect.step_operations(with_distance) == 3 * (2 + 2) + 2 + 2
+    assert expect.step_operations(with_distance.updated(method={"feature_distance": 0.0})) == 3 * (2 + 2) + 2
+
+
+def test_published_hours_are_near_the_estimates_of_their_recipes() -> None:
+    """Of all GPUs together, within a third: DAFormer on one GPU, UniMatch at 513 on two."""
+    hours = {name: takes["hours"] * takes["gpus"] for name, takes in expect.stored().items()}
+    assert hours["daformer_gta2cityscapes"] == pytest.approx(13.7, rel=0.33)
+    assert all(hours[f"unimatch_voc_{split}"] == pytest.approx(2 * 16.8, rel=0.33) for split in ("1_16", "1_8", "1_4"))
+
+
+def test_the_list_says_which_cost_is_published_and_which_estimated() -> None:
+    blocks = {block.split(":")[0]: block for block in re.split(r"\n(?=\w[^ ]*: )", cli.list_recipes())}
+    assert {name for name, block in blocks.items() if "  published  1" in block and " GB " in block} == {
+        "daformer_gta2cityscapes", "unimatch_voc_1_16", "unimatch_voc_1_8", "unimatch_voc_1_4"}
+    assert "13.7 h and 9.8 GB without ECOC, 16.2 h and 12.8 GB with, on one GPU" in blocks["daformer_gta2cityscapes"]
+    assert all("  estimated  " in block for block in blocks.values()) and "of 3.3 TFLOP/s" in blocks["mic_gta2cityscapes"]
+
+
 def test_the_table_is_that_of_the_recipes() -> None:
     stored = expect.stored()
     assert sorted(stored) == recipe_names()
-    for name in ("demo", "unimatch_acdc_7", "unimatch_levir_cd_5"):
+    for name in ("demo", "daformer_gta2cityscapes", "unimatch_acdc_7", "unimatch_levir_cd_5"):
         assert expect.expect(load(name)) == stored[name]
