@@ -330,7 +330,8 @@ class EngineConfig(Section):
 
 class LaunchConfig(Section):
     workers: Annotated[int, Field(ge=1)] | tuple[int, int] | None = None
-    """Number of training workers, or [least, most] of an elastic run; null = every GPU, or 1 without GPUs."""
+    """Number of training workers, or [least, most] of an elastic run; null = as many of the GPUs as can share the global
+    batches, or 1 without GPUs."""
     gpu: bool | None = None
     """Train on GPUs; null = when the cluster has any."""
     cpus_per_worker: float | None = Field(None, gt=0)

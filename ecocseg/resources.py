@@ -32,6 +32,7 @@ class Resources:
     ingest_cpus: float
     threads: int
     sizes: tuple[int, ...] = ()  # numbers of workers that an elastic run may have, rising; it begins with `workers`
+    idle_gpus: int = 0  # GPUs of the cluster that no worker takes, as the global batches have no so many equal shares
 
     @property
     def possible(self) -> tuple[int, ...]:
@@ -41,8 +42,9 @@ class Resources:
     def describe(self) -> str:
         what = "1 GPU" if self.gpu else f"{self.threads} threads"
         others = f" (elastic: {', '.join(map(str, self.sizes))})" if self.sizes else ""
+        idle = f"; {self.idle_gpus} more GPU(s) stay idle: batches cannot be shared by more" if self.idle_gpus else ""
         return (f"{self.workers} worker(s){others} with {self.cpus_per_worker:g} CPU and {what} each, "
-                f"{self.ingest_cpus:g} CPU for ingest")
+                f"{self.ingest_cpus:g} CPU for ingest{idle}")
 
 
 def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
@@ -58,7 +60,8 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
         from ecocseg import kernels  # torch, which the controller does without
 
         kernels.check("triton", "cuda" if use_gpu else "cpu")
-    workers = fixed_workers(config) or (gpus if use_gpu else 1)
+    wanted = fixed_workers(config)
+    workers = wanted or (most_workers(config, gpus) if use_gpu else 1)
     if use_gpu and workers > gpus:
         raise InputError(f"launch.workers: {workers} workers need {workers} GPUs, the cluster has {gpus}; "
                          f"use {gpus} or fewer, or launch.gpu=false")
@@ -76,7 +79,8 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
                          "data.read_cpus or data.decode_threads")
     # Not more threads than the worker's share: spinning threads and Ray's own would fight for the cores.
     threads = config.engine.threads or max(1, int(share))
-    return Resources(workers, share, use_gpu, ingest, threads)
+    idle = gpus - workers if use_gpu and wanted is None else 0
+    return Resources(workers, share, use_gpu, ingest, threads, idle_gpus=idle)
 
 
 def ingest_cpus(config: RunConfig, workers: int) -> float:
@@ -105,7 +109,7 @@ def plan_on_nodes(config: RunConfig, nodes: Sequence[Node]) -> Resources:
             except InputError:
                 continue
             if fits(one, nodes):
-                return replace(one, sizes=sizes)
+                return replace(one, sizes=sizes, idle_gpus=least.idle_gpus)
     raise no_room(least, nodes)
 
 
@@ -130,6 +134,11 @@ def fixed_workers(config: RunConfig) -> int | None:
     """The number of workers a configuration asks for; of a range the largest."""
     wanted = config.launch.workers
     return wanted[1] if isinstance(wanted, tuple) else wanted
+
+
+def most_workers(config: RunConfig, gpus: int) -> int:
+    """The most workers, up to `gpus`, that can share the global batches; 1 where not even that can."""
+    return next((size for size in range(gpus, 1, -1) if _shares(config, size)), 1)
 
 
 def elastic_sizes(config: RunConfig) -> tuple[int, ...]:

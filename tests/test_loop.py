@@ -12,7 +12,7 @@ from conftest import damage_rows, tiny_config, write_tiny
 
 from ecocseg import checkpoint, launch, loop
 from ecocseg.checkpoint import Checkpoints
-from ecocseg.config import RunConfig
+from ecocseg.config import RunConfig, load
 from ecocseg.data.classes import ClassList
 from ecocseg.engine import World
 from ecocseg.errors import InputError
@@ -250,3 +250,17 @@ def test_resources_leave_ingest_its_share_or_are_refused(tiny: Path, tmp_path: P
         with pytest.raises(InputError, match=says):
             launch.plan_resources(tiny_config(tiny, tmp_path, data__loader="ray", **changes), cpus, gpus)
     assert launch.plan_resources(tiny_config(tiny, tmp_path, launch__workers=None), 64, 4).workers == 4
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "workers"), [
+    ("daformer_gta2cityscapes", 8, 2), ("mic_gta2cityscapes", 3, 2), ("daformer_gta2cityscapes", 1, 1),
+    ("unimatch_v2_ade20k_1_16", 8, 4), ("unimatch_voc_1_16", 6, 4), ("unimatch_acdc_1", 6, 6), ("unimatch_acdc_1", 8, 6),
+    ("unimatch_v2_voc_92", 16, 8), ("unimatch_coco_1_512", 8, 8)])
+def test_unless_told_otherwise_as_many_gpus_train_as_can_share_the_batch(recipe: str, gpus: int, workers: int) -> None:
+    config = load(recipe)
+    for plan in (launch.plan_resources(config, 200, gpus), launch.plan_on_nodes(config, [(200.0, gpus)])):
+        assert (plan.workers, plan.idle_gpus) == (workers, gpus - workers)
+        assert (f"{gpus - workers} more GPU(s) stay idle" in plan.describe()) == (gpus > workers)
+    if gpus > workers:  # what was asked for is refused
+        with pytest.raises(InputError, match=f"by {gpus} workers|{gpus} worker.s. get"):
+            launch.plan_resources(config.updated(launch={"workers": gpus}), 200, gpus)
