@@ -519,9 +519,9 @@ def micro_batches(config: RunConfig, workers: int) -> int:
         labeled, unlabeled = (sizes.get(f"train.{kind}_batch", 0) // workers // number for kind in ("labeled", "unlabeled"))
         if share % number or (in_pairs and unlabeled % 2):
             continue
-        fits = METHODS[config.method.kind].fewest_images(labeled, unlabeled) >= least
-        enough = enough or fits
-        if fits and labeled <= most:
+        has_enough = METHODS[config.method.kind].fewest_images(labeled, unlabeled) >= least
+        enough = enough or has_enough
+        if has_enough and labeled <= most:
             return number
     if not enough:
         raise InputError(f"model.head: {config.model.head} normalises one pooled value an image over the batch, so each pass "

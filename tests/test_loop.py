@@ -82,7 +82,7 @@ def test_every_micro_batch_knows_the_classes_of_the_whole_batch(tiny: Path, tmp_
     monkeypatch.setattr(SelfTraining, "parts", noting)
     monkeypatch.setattr(World, "sum", summed)
     train(tiny_config(tiny, tmp_path, train__micro_batch=1, train__steps=2, train__checkpoint_every=0, optim__warmup_steps=0,
-                      method__mix_classes=mix_classes, data__crop=[16, 16], data__max_class_share=1.0))
+                      method__mix_classes=mix_classes, data__crop=[16, 48], data__max_class_share=1.0))
     assert len(seen) == 8
     for step in (seen[:4], seen[4:]):
         if mix_classes == "image":
