@@ -77,7 +77,7 @@ def test_every_micro_batch_knows_the_classes_of_the_whole_batch(tiny: Path, tmp_
         return parts(self, given)
 
     def summed(self: World, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if len(tensor) <= 256 else tensor + (torch.arange(len(tensor)) == len(tensor) - 256 + 77)
+        return tensor + (torch.arange(257) == 1 + 77) if tensor.shape == (257,) else tensor
 
     monkeypatch.setattr(SelfTraining, "parts", noting)
     monkeypatch.setattr(World, "sum", summed)
