@@ -128,7 +128,8 @@ class Cluster:
             "HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
             "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions")),
             "RAY_AUTH_MODE": "token" if token else "disabled",
-            "RAY_worker_niceness": "0", **environment}  # Ray's own 15 is next to nothing on a busy machine
+            # a busy machine gives processes of Ray's own niceness, 15, next to nothing, and takes long to start a node
+            "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "600", **environment}
         if token:
             subprocess.run([RAY, "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
         try:
