@@ -34,7 +34,7 @@ INTERPRETED = kernels.interpreted()
 DEVICES = [pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")),
            pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])]
 on_devices = pytest.mark.parametrize("device", DEVICES)
-without_interpreter = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+without_interpreter = pytest.mark.skipif(INTERPRETED or not kernels.HAVE_TRITON, reason="needs Triton's compiler")
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-5}  # error of a gradient; float16 is made in float32
 
@@ -134,8 +134,8 @@ def test_ecoc_equals_torch_in_float64(num_classes, num_bits, cells, size, option
     logits = random_logits(book.matrix, (2 if num_classes == 5 else 1, *cells), seed=2).float().to(device)
     compare_losses(fast, slow, logits, weighted(compare_pseudo_labels(fast, slow, logits, size)))
     labels = random_labels(num_classes, (len(logits), *size), seed=3).to(device)
-    true = slow.encode(labels)
-    compare_losses(fast, slow, logits, true, average="valid")
+    if num_classes in (5, 19):  # the rest differs in nothing that labels of another kind would show
+        compare_losses(fast, slow, logits, slow.encode(labels), average="valid")
     check_counts(fast, slow, logits, labels, options.get("align_corners", False))
 
 
