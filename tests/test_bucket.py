@@ -97,7 +97,7 @@ def test_shards_are_read_whole_each_row_once(server: str, tiny: Path) -> None:
     rows: dict[str, list[Any]] = {}
     with FaultyS3(server, share=0.1, seed=1) as faulty:
         storage = patient(faulty.url)
-        for _ in range(3):
+        for _ in range(8):  # until every kind of fault has been met
             for name in ("source", "target", "val"):
                 manifest = read_manifest(f"s3://bucket/test/tiny/{name}", storage)
                 assert manifest.hash == read_manifest(str(tiny / name)).hash

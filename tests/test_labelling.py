@@ -121,7 +121,7 @@ def labelled(job, runs, pool, tmp_path_factory):
 
 
 def expected(run, image_3HW, which="step_00000002"):
-    loaded = load(f"{run}/checkpoints/{which}", "auto", None, torch.device("cpu"))
+    loaded = load(f"{run}/checkpoints/{which}", "auto", Storage(), torch.device("cpu"))
     with torch.no_grad():
         logits = loaded.model(loaded.normalize(image_3HW[None]))
     return loaded.coding, loaded.coding.pseudo_label(logits, image_3HW.shape[-2:])

@@ -129,7 +129,7 @@ def test_a_task_answers_with_problems_and_errors_as_data(root, tmp_path):
 
 def test_what_is_packed_is_what_is_there(root, tmp_path):
     manifest = packing.pack(listed(root), str(tmp_path / "out"), shard_bytes=SMALL)
-    assert files(tmp_path / "out").keys() == {"manifest.json", *(file.name for file in manifest.files)}
+    assert files(tmp_path / "out").keys() == {"manifest.json", "class_pixels.arrow", *(file.name for file in manifest.files)}
     assert read_manifest(str(tmp_path / "out")) == manifest and manifest.num_labeled == manifest.num_rows == 18
     totals = np.zeros(3, np.int64)
     for i, row in enumerate(iter_rows(manifest, columns=["image_id", "image", "mask", "class_pixels"])):

