@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -21,6 +22,8 @@ from ecocseg.errors import InputError
 RECIPES = Path(__file__).parent / "recipes"
 CONSISTENCY = ("fixmatch", "unimatch", "unimatch_v2")
 """Methods in which a weak view's labels teach strong views of the same image."""
+PROFILE_WARM_UP = 5
+"""Steps before a profile: tables, kernels and memory pools are made in them."""
 Size = tuple[PositiveInt, PositiveInt]
 Range = tuple[PositiveFloat, PositiveFloat]
 MOST_SEED = 2**63 - 1
@@ -307,6 +310,8 @@ class TrainConfig(Section):
     """What a loss or gradient that is not finite does: end the run at the next log line, or leave that step's update out."""
     max_skipped: int = Field(20, ge=1)
     """Number of steps in a row that on_nan=skip leaves out before it ends the run, at the next log line."""
+    profile: int = Field(0, ge=0)
+    """Number of steps, after 5 to warm up, that are profiled: a trace and a table of where a step goes in the run's folder."""
     compare_with_source_only: bool = False
     """Train the same recipe without the unlabelled images first, and show the table before and after adaptation."""
 
@@ -393,6 +398,14 @@ class StorageConfig(Section):
 class TrackingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files in the run's folder."""
+    mlflow: str | None = None
+    """Tracking URI of an MLflow server, or `local` for a database beside the runs (mlflow.db); null = none. Credentials
+    come from MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN where the workers run."""
+    wandb: Literal["online", "offline"] | None = None
+    """Log to Weights & Biases: to its server (WANDB_API_KEY where the workers run), or into the run's folder, from where
+    `wandb sync` sends it; null = none."""
+    project: str = "ecocseg"
+    """Name of the MLflow experiment and of the W&B project."""
     collapse_after: int = Field(10, ge=0)
     """Number of log lines in which a class is missing from the pseudo-labels, or hardly one is confident, before a warning;
     0 = never warn. Where they cover fewer than 200 unlabelled images it is more lines."""
@@ -561,7 +574,7 @@ def _conflicts(config: RunConfig) -> list[str]:
     if config.model.head == "hrda" and config.method.kind not in ("supervised", "self_training", "mic"):
         problems.append(f"model.head: hrda has no one set of features for method.kind={config.method.kind} to perturb; use it "
                         "with supervised, self_training or mic, or choose daformer")
-    problems += _consistency_conflicts(config)
+    problems += _consistency_conflicts(config) + _tracking_conflicts(config)
     for key, (low, high) in {"data.scale": config.data.scale, "method.blur_sigma": config.method.blur_sigma}.items():
         if low > high:
             problems.append(f"{key}: [{low:g}, {high:g}] begins above its end; give the smaller number first")
@@ -570,6 +583,9 @@ def _conflicts(config: RunConfig) -> list[str]:
     if config.optim.warmup_steps >= config.train.steps:
         problems.append(f"optim.warmup_steps: {config.optim.warmup_steps} is not below train.steps {config.train.steps}; "
                         f"use {config.train.steps // 10} or fewer")
+    if config.train.profile and config.train.steps <= PROFILE_WARM_UP:
+        problems.append(f"train.profile: begins after {PROFILE_WARM_UP} steps, and train.steps is {config.train.steps}; use "
+                        f"{PROFILE_WARM_UP + config.train.profile} or more")
     return problems
 
 
@@ -596,6 +612,21 @@ def _consistency_conflicts(config: RunConfig) -> list[str]:
     if method.ohem_threshold is not None and config.model.head == "hrda":
         problems.append("method.ohem_threshold: does not go with model.head=hrda; set it to null")
     return problems
+
+
+def _tracking_conflicts(config: RunConfig) -> list[str]:
+    """Tracking URIs that a worker could not use, or that hold a secret."""
+    uri = config.tracking.mlflow or ""
+    if uri == "local" and "://" in config.run.directory:
+        return ["tracking.mlflow: local keeps a database beside the runs, and run.directory is no local folder "
+                f"({config.run.directory}); give a server's URI"]
+    if re.match(r"\w+:///[^/]", uri):
+        return [f"tracking.mlflow: {uri} is relative to a folder of the worker's; give an absolute path (sqlite:////home/...), "
+                "or local"]
+    if re.match(r"[\w+]+://[^/@]*:[^/@]*@", uri):
+        return ["tracking.mlflow: the URI holds a password, which would be written into the run's folder; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"]
+    return []
 
 
 def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:

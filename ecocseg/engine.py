@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ecocseg.config import EngineConfig, OptimConfig
+from ecocseg.profile import BACKWARD, STUDENT, within
 
 OptimizerState = dict[str, dict[str, Tensor]]
 
@@ -55,9 +56,11 @@ def schedule(optim: OptimConfig, steps: int, step: int) -> float:
     return decay * min(rise, 1.0)
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, fused: bool | None = None) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """On a GPU the update is one kernel over all parameters; on a CPU torch's own loop needs no copies of them."""
+    fused = True if device.type == "cuda" else None
     if optim.kind == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
@@ -65,9 +68,7 @@ def build_engine(model: nn.Module, groups: list[dict[str, Any]], optim: OptimCon
                  world: World, micro_batch: int, skip_bad: bool = False) -> Engine:
     """The engine a configuration asks for. `micro_batch` (images) is only what DeepSpeed's books show; with `skip_bad` a step
     whose gradient is not finite changes nothing, on any worker."""
-    # AdamW's fused form leaves a step out on the device, so that the host need not wait to know.
-    fused = True if skip_bad and engine.kind == "torch" and world.device.type == "cuda" else None
-    optimizer = build_optimizer(groups, optim, fused)
+    optimizer = build_optimizer(groups, optim, world.device)
     kind = DeepSpeedEngine if engine.kind == "deepspeed" else Engine
     return kind(model, optimizer, optim, engine, world, micro_batch, skip_bad)
 
@@ -100,7 +101,7 @@ class Engine:
         return torch.autocast(self.world.device.type, dtype=self.autocast_dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.autocast():
+        with within(STUDENT), self.autocast():
             return self.forward(*args, **kwargs)
 
     def run_part(self, part: Callable[[], Tensor], scale: float, last: bool) -> Tensor:
@@ -111,7 +112,8 @@ class Engine:
         held_back = self.world.size > 1 and not last
         with self.forward.no_sync() if held_back else nullcontext():  # type: ignore[attr-defined]
             loss = part()
-            (loss * scale).backward()
+            with within(BACKWARD):
+                (loss * scale).backward()
         return loss.detach()
 
     def set_lr(self, factor: float) -> None:
@@ -162,10 +164,10 @@ class Engine:
         """Put back what `optimizer_state` gave, on any number of workers; the model's weights are loaded before."""
         for name, p in self.model.named_parameters():
             if name in state:
-                # AdamW keeps its step counter on the CPU unless it is fused; averages lie in memory as their weight does.
-                steps = p.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
-                self.optimizer.state[p] = {key: value.to(steps, copy=True) if value.ndim == 0 else
-                                           torch.empty_like(p).copy_(value) for key, value in state[name].items()}
+                # averages lie in memory as their weight does
+                self.optimizer.state[p] = {
+                    key: _counter(value, p.device) if value.ndim == 0 else torch.empty_like(p).copy_(value)
+                    for key, value in state[name].items()}
 
 
 class DeepSpeedEngine(Engine):
@@ -197,7 +199,8 @@ class DeepSpeedEngine(Engine):
     def run_part(self, part: Callable[[], Tensor], scale: float, last: bool) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         loss = part()
-        self.deepspeed.backward(loss * scale)
+        with within(BACKWARD):
+            self.deepspeed.backward(loss * scale)
         return loss.detach()
 
     def step(self) -> Tensor | float:
@@ -254,13 +257,18 @@ class DeepSpeedEngine(Engine):
             return
         first = next(iter(state.values()))
         for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat] = {key: value.clone() if value.ndim == 0 else torch.zeros_like(flat)
+            zero.optimizer.state[flat] = {key: _counter(value, flat.device) if value.ndim == 0 else torch.zeros_like(flat)
                                           for key, value in first.items()}
         self._link_states()
         for name, p in self.model.named_parameters():
             for key, value in state[name].items():
                 if value.ndim > 0:
                     p.set_full_hp_param(value.to(p.device), key)  # type: ignore[attr-defined]
+
+
+def _counter(value: Tensor, device: torch.device) -> Tensor:
+    """AdamW's step counter, a copy of its own where it keeps it: beside the weights where it is fused, else on the CPU."""
+    return value.to(device, copy=True) if device.type == "cuda" else value.clone()
 
 
 def quiet_deepspeed() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ecocseg.ahead import in_threads
 from ecocseg.data.transforms import IGNORE, decode_image, decode_mask, second_date
+from ecocseg.device import constant
 from ecocseg.errors import InputError
 from ecocseg.volumes import dice, overlap
 
@@ -49,7 +50,7 @@ class Normalize:
     @staticmethod
     def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
         repeated = values * (like.shape[-3] // len(values))
-        return torch.tensor(repeated, dtype=torch.float32, device=like.device).view(-1, 1, 1)
+        return constant(repeated, like.device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import subprocess
 import tempfile
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ecocseg import checkpoint, cluster, loop, scale
+from ecocseg import checkpoint, cluster, loop, runfiles, scale, trackers
 from ecocseg.cluster import cluster_nodes, cluster_size, start_ray
 from ecocseg.config import RunConfig
 from ecocseg.engine import World
@@ -96,12 +95,15 @@ def tracker_factory(config: RunConfig, run_url: str) -> loop.TrackerFactory:
     from ecocseg.tracking import METRICS_FILE, Tracker
 
     def make(start_step: int, console: Callable[[dict[str, Any]], None]) -> Tracker:
+        storage = checkpoint.build_storage(config)
         local = run_url if not is_remote(run_url) else tempfile.mkdtemp(prefix="ecocseg-")
         if is_remote(run_url) and start_step > 1:  # the curve so far goes on
             with contextlib.suppress(FileNotFoundError):
-                before = checkpoint.build_storage(config).read_bytes(join(run_url, METRICS_FILE))
-                Path(local, METRICS_FILE).write_bytes(before)
-        return Tracker(local, config.train.steps, start_step, console, tensorboard=config.tracking.tensorboard)
+                Path(local, METRICS_FILE).write_bytes(storage.read_bytes(join(run_url, METRICS_FILE)))
+        tags = runfiles.tags(runfiles.read(run_url, storage), config.recipe)
+        info = trackers.RunInfo(config.run.name or config.recipe, config, tags, Path(local), run_url, storage)
+        sinks = trackers.sinks(info, lambda text: console({"kind": "message", "text": text}))
+        return Tracker(local, config.train.steps, start_step, console, tensorboard=config.tracking.tensorboard, sinks=sinks)
 
     return make
 
@@ -169,21 +171,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model={"pretrained": pretrained}, run={"directory": absolute(config.run.directory)})
 
 
-def write_run_files(config: RunConfig, run_url: str) -> None:
-    """What is needed to run it again: resolved config, codebook, versions, commit, data hashes."""
-    storage, manifests = checkpoint.build_storage(config), loop.load_manifests(config)
-    book = checkpoint.build_codebook(config.coding, manifests["labeled"].classes)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
-                                cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    facts = {"commit": commit, "seed": config.train.seed, "versions": checkpoint.versions(),
-             "manifests": {name: {"url": m.url, "hash": m.hash, "rows": m.num_rows} for name, m in manifests.items()}}
-    storage.write_bytes(join(run_url, "config.yaml"), config.to_yaml().encode())
-    storage.write_bytes(join(run_url, "environment.json"), json.dumps(facts, indent=1).encode())
-    if book is not None:
-        storage.write_bytes(join(run_url, "codebook.json"), json.dumps(book.to_dict()).encode())
 
 
 def train(config: RunConfig, resume: str | None = None, display: Any = None,
@@ -213,7 +200,7 @@ def train(config: RunConfig, resume: str | None = None, display: Any = None,
 
     with owned(run_url, checkpoint.build_storage(config), lost, say):
         check_shared(config, run_url)
-        write_run_files(config, run_url)
+        runfiles.write(config, run_url)
         final = run_workers(config, run_url, resources, display, stop)
         result = RunResult(run_url, final["step"], final["results"], final["classes"], final)
         checkpoint.build_storage(config).write_bytes(join(run_url, "result.json"), json.dumps(

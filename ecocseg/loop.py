@@ -34,11 +34,12 @@ from ecocseg.methods.base import random_generator
 from ecocseg.models.heads import HEADS
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
+from ecocseg.profile import DATA, EMA, OPTIMIZER, STEP, StepProfile, within
 from ecocseg.rank_times import RankTimes, slowest
 from ecocseg.saving import Saver
 from ecocseg.storage import is_remote, join, needing_room
 from ecocseg.teacher import Teacher
-from ecocseg.tracking import Tracker, read_metrics
+from ecocseg.tracking import Tracker, read_metrics, score_table
 from ecocseg.volumes import volume_names
 
 Report = Callable[[dict[str, Any]], str | bool]
@@ -186,9 +187,13 @@ class Session:
         clock = Clock(self.streams)
         if config.log_every > 1:
             self.asking.start()
+        profile = StepProfile(config.profile if self.world.rank == 0 else 0, self.world.device, self.run_url, self.storage)
         while self.step < config.steps:
             self._note_saved()
-            self._train_step(batches)
+            if message := profile.step():
+                self._say(message)
+            with within(STEP):
+                self._train_step(batches)
             self.step += 1
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last:
@@ -207,9 +212,12 @@ class Session:
                 clock.skip()
             if asked in ("restart", "stop") and not last:
                 self.world.sum(torch.zeros(1, device=self.world.device))  # no worker leaves before all have saved
+                self._end_tracking()
                 if asked == "restart":
                     raise Restart(f"saved at step {self.step}")
                 raise Stopped(f"stopped at step {self.step}; saved, go on with --resume")
+        if message := profile.finish():
+            self._say(message)
         if not results and self.config.data.eval:  # resumed after its last step, which is in the records already
             results = self._evaluate(record=False)
         return self._final(results)
@@ -219,11 +227,13 @@ class Session:
         step, seed = self.step, self.config.train.seed
         torch.manual_seed(random_generator(seed, step, self.world.rank, 7).initial_seed())  # dropout, stochastic depth
         if self.teacher is not None and step > 0 and not self.teacher.whole:
-            self.teacher.update(self.model)
+            with within(EMA):
+                self.teacher.update(self.model)
         if self.buffers is not None:
             self.buffers.keep()
         asked = time.perf_counter()
-        taken = {name: [batch.to(self.world.device) for batch in next(stream)] for name, stream in batches.items()}
+        with within(DATA):
+            taken = {name: [batch.to(self.world.device) for batch in next(stream)] for name, stream in batches.items()}
         self.rank_times.add(time.perf_counter() - asked)
         steps = [StepInput(step, seed, one, taken["unlabeled"][number] if "unlabeled" in taken else None, self.engine,
                            self.teacher, self.engine.autocast, model=self.model,
@@ -246,14 +256,16 @@ class Session:
             if given.pictures and self.tracker is not None:
                 with needing_room(str(self.tracker.directory)):
                     self.tracker.image(step + 1, "training", training_picture(given.pictures, self.coding, self.classes))
-        norm = self.engine.step()
+        with within(OPTIMIZER):
+            norm = self.engine.step()
         if self.engine.skipped is not None:
             self.skipped.append(self.engine.skipped)
             if self.buffers is not None:
                 self.buffers.put_back(self.engine.skipped)
         if self.teacher is not None and self.teacher.whole:  # the last student is in what is evaluated and saved
-            self.teacher.update(self.model)
-        self.history[-1]["gradient_norm"] = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32)
+            with within(EMA):
+                self.teacher.update(self.model)
+        self.history[-1]["gradient_norm"] = _scalar(norm, self.world.device)
 
     def _sum_counts(self, steps: list[StepInput]) -> None:
         """What a step must know of the whole global batch, by one sum over workers, so that neither their number nor that of
@@ -412,7 +424,17 @@ class Session:
         if self.tracker is not None and is_remote(self.run_url):
             self.storage.upload_dir(str(self.tracker.directory), self.run_url)
 
+    def _end_tracking(self) -> None:
+        """Close what is written as the run goes on, then copy it to a bucket once more: some sinks write at their end."""
+        if self.tracker is not None:
+            self.tracker.close()
+            self._mirror()
+
     def _final(self, results: dict[str, dict[str, EvalResult]]) -> dict[str, Any]:
+        if self.tracker is not None:
+            for name, by_model in results.items():
+                self.tracker.table(self.step, f"evaluation/{name}", *score_table(by_model, self.classes.names))
+        self._end_tracking()
         plain = {name: {which: result.to_dict() for which, result in by_model.items()} for name, by_model in results.items()}
         return {"step": self.step, "results": plain, "best": self.best, "classes": list(self.classes.names),
                 "codebook": self.book.describe() if self.book else "one-hot", "model": self.model_line()}
@@ -468,6 +490,11 @@ class Clock:
         now = time.perf_counter()
         self.paused += now - self.last
         self.last = now
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """A number as a metric: filled in on the device, not copied there."""
+    return value.float() if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 def batch_size(config: RunConfig, stream: str) -> int:
@@ -620,7 +647,7 @@ def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, 
         rare_class=rare, transform=transform,
         rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
         micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode=data.decode,
-        decode_threads=data.decode_threads,
+        decode_threads=data.decode_threads, pinned=world.device.type == "cuda",
         read_cpus=data.read_cpus, timeout_s=data.watchdog_seconds, damage_limit=data.damage_limit,
         storage=checkpoint.build_storage(config),
         columns=(*config.model.image_columns, *(("mask",) if masks else ()), *(pseudo.COLUMNS if planes is not None else ())))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ecocseg import checkpoint, loop
+from ecocseg import checkpoint, loop, trackers
 from ecocseg.config import RunConfig
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.data.pipeline import make_order
@@ -22,6 +22,7 @@ def preflight(config: RunConfig, run_url: str, workers: Sequence[int] = ()) -> N
     Raises:
         InputError: naming the key or file and the remedy.
     """
+    trackers.check(config)
     storage = checkpoint.build_storage(config)
     if config.data.classes is not None:  # before anything is made, or a bucket asked
         check_task(config, CLASS_LISTS[config.data.classes])

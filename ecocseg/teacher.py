@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ecocseg.profile import TEACHER, within
+
 
 class Teacher:
     """Exponential moving average of a student.
@@ -35,6 +37,10 @@ class Teacher:
             if isinstance(module, _BatchNorm):
                 module.train()
 
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        with within(TEACHER):
+            return self.module(image)
+
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move one step towards the student's parameters; called at the start of each step but the first, or with `whole`
@@ -46,8 +52,11 @@ class Teacher:
         if len(mine) != len(theirs):
             raise RuntimeError(f"teacher has {len(mine)} parameters, student {len(theirs)}")
         torch._foreach_lerp_(mine, [p.float() for p in theirs], 1 - alpha)
-        for own, other in zip(self.module.buffers(), student.buffers(), strict=True) if self.whole else ():
-            if own.is_floating_point():
-                own.lerp_(other.float(), 1 - alpha)
-            else:  # a count of batches
-                own.copy_(other)
+        if self.whole:
+            pairs = list(zip(self.module.buffers(), student.buffers(), strict=True))
+            averaged = [(own, other.float()) for own, other in pairs if own.is_floating_point()]
+            counted = [(own, other) for own, other in pairs if not own.is_floating_point()]  # of batches
+            if averaged:
+                torch._foreach_lerp_([own for own, _ in averaged], [other for _, other in averaged], 1 - alpha)
+            if counted:
+                torch._foreach_copy_([own for own, _ in counted], [other for _, other in counted])

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `metrics.jsonl`, TensorBoard, pictures; and the one progress display."""
+"""What a run leaves to look at: `metrics.jsonl`, TensorBoard, pictures (and trackers.py); and the one progress display."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,77 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from ecocseg.evaluate import EvalResult
+
 METRICS_FILE = "metrics.jsonl"
 
 
+class Sink:
+    """Where a run's records go. Each kind takes what it has a place for."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """A record of plain numbers."""
+
+    def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """A uint8 picture [H, W, 3]."""
+
+    def table(self, step: int, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table whose first column is text."""
+
+    def close(self, finished: bool) -> None:
+        """No more is to come; `finished` when the run reached its last step."""
+
+
+class FileSink(Sink):
+    """`metrics.jsonl` and `panels/<name>/step_<step>.png` in the run's folder."""
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        self.directory = directory
+        _drop_from(directory / METRICS_FILE, start_step)
+        self._file: TextIO = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (until close)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """A NaN or infinity becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()  # a killed run keeps its curve
+
+    def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        path = self.path(step, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture_HWC).save(path)
+
+    def path(self, step: int, name: str) -> Path:
+        return self.directory / "panels" / name / f"step_{step:08d}.png"
+
+    def close(self, finished: bool) -> None:
+        self._file.close()
+
+
+class TensorBoardSink(Sink):
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step or None)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        self._writer.add_image(name, picture_HWC, step, dataformats="HWC")
+
+    def table(self, step: int, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+
+    def close(self, finished: bool) -> None:
+        self._writer.close()
+
+
 class Tracker:
-    """Writes one run's scalars and pictures to a local folder and hands each record on to a console.
+    """Hands one run's scalars, pictures and tables to its sinks, and each record on to a console.
 
     Args:
         directory: local folder, made if missing; holds `metrics.jsonl`, `tensorboard/` and `panels/`.
@@ -32,6 +98,7 @@ class Tracker:
             done again after a resume) is dropped, so that every curve has one value per step.
         console: called with every record plus `total`, `rate` (steps/s) and `eta` (s).
         tensorboard: also write TensorBoard files.
+        sinks: where the records go besides (see trackers.py).
     """
 
     def __init__(
@@ -42,49 +109,61 @@ class Tracker:
         console: Callable[[dict[str, Any]], None] | None = None,
         *,
         tensorboard: bool = True,
+        sinks: Sequence[Sink] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.total_steps = total_steps
+        self.total_steps, self.step = total_steps, start_step
         self._console = console
         self._pace = _Pace(total_steps, start_step, clock)
-        _drop_from(self.directory / METRICS_FILE, start_step)
-        self._file: TextIO = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 (until close)
-        self._writer: Any = None
+        self._files = FileSink(self.directory, start_step)
+        self._sinks: list[Sink] = [self._files, *sinks]
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-            self._writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=start_step or None)
+            self._sinks.append(TensorBoardSink(self.directory, start_step))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write one record of plain numbers; a NaN or infinity becomes null in `metrics.jsonl`."""
+        """Write one record of plain numbers."""
         values = {name: float(value) for name, value in scalars.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()  # a killed run keeps its curve
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        self.step = step
+        for sink in self._sinks:
+            sink.log(step, values)
         if self._console is not None:
             self._console({"step": step, "total": self.total_steps, **self._pace(step), **values})
 
     def image(self, step: int, name: str, picture_HWC: np.ndarray) -> Path:
-        """Write a uint8 picture [H, W, 3] to `panels/<name>/step_<step>.png` (path returned) and TensorBoard."""
-        path = self.directory / "panels" / name / f"step_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a uint8 picture [H, W, 3]; returns its path in the run's folder."""
         picture_HWC = np.asarray(picture_HWC)
-        Image.fromarray(picture_HWC).save(path)
-        if self._writer is not None:
-            self._writer.add_image(name, picture_HWC, step, dataformats="HWC")
-        return path
+        for sink in self._sinks:
+            sink.image(step, name, picture_HWC)
+        return self._files.path(step, name)
+
+    def table(self, step: int, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write a table whose first column is text; `None` is an empty cell."""
+        for sink in self._sinks:
+            sink.table(step, name, header, rows)
 
     def close(self) -> None:
-        """Flush and close the files; safe to call twice."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Flush and close all sinks; safe to call twice."""
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            sink.close(self.step >= self.total_steps)
+
+
+def score_table(by_model: Mapping[str, EvalResult], class_names: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of an evaluation: a class a row, then the means, in percent; None where there is no value."""
+    results = list(by_model.values())
+    by_volume = all(result.dice is not None for result in results)
+    each = [result.dice if by_volume and result.dice is not None else result.iou for result in results]
+    rows: list[list[Any]] = [[name, *(float(values[i]) for values in each)] for i, name in enumerate(class_names)]
+    figures = [result.figures() for result in results]
+    rows += [[name, *(figure[name] for figure in figures)] for name in figures[0]]
+    percent = [[name, *(None if math.isnan(value) else round(100 * value, 2) for value in values)] for name, *values in rows]
+    return ["Dice [%]" if by_volume else "IoU [%]", *by_model], percent
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ Examples:
   python jobs/benchmark.py recipes                     estimates for `--list`, into ecocseg/recipes/expected.json
   python jobs/benchmark.py pool --images 118287 --repeats 5   memory and first batch of a large pool beside a small one
   python jobs/benchmark.py kernels --stride 4          what operators move and compute at least; --device cuda: and take
+  python jobs/benchmark.py scaling --encoder mit_b0 --size 128   steps a second and bytes on the wire by engine and workers
+  python jobs/benchmark.py plan --recipe unimatch_v2_coco_1_32   8 to 512 GPUs and pools of up to a billion images, on paper
   python jobs/benchmark.py label --images 32           images a second a pool is labelled with, beside the forward pass alone
 
 Memory is the peak above what the inputs take. `python jobs/report.py FILE.json` makes the README's table of coding and step.
@@ -42,7 +44,8 @@ PAIRS = [(2, 1), (4, 12), (8, 7), (11, 35), (16, 40), (19, 40), (19, 60), (21, 4
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in its own process
-    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "label", "kernels", "recipes"))
+    parser.add_argument("what", choices=("coding", "codebook", "step", "ingest", "pool", "label", "kernels", "recipes",
+                                         "scaling", "plan"))
     parser.add_argument("--json", metavar="FILE", help="file to write the numbers to")
     parser.add_argument("--batch", type=int, default=2, help="images, default 2; step: of each stream")
     parser.add_argument("--classes", type=int, default=19, help="default 19")
@@ -52,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--content", choices=("scene", "noise"), default="scene",
                         help="coding: classes in regions, three of four pixels sure; or another class in every cell")
     parser.add_argument("--without-5d", action="store_true", help="coding: leave out the 5-D formulation, which takes minutes")
-    parser.add_argument("--recipe", default="daformer_gta2cityscapes", help="step: default daformer_gta2cityscapes")
+    parser.add_argument("--recipe", help="step: default daformer_gta2cityscapes; plan: default unimatch_v2_coco_1_32")
     parser.add_argument("--repeats", type=int, default=5, help="measurements, of which the median counts; default 5")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, default as torch has them")
@@ -60,11 +63,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10, help="ingest: seconds of a measurement, default 10")
     parser.add_argument("--s3", action="store_true", help="ingest: from an S3 server started here (moto)")
     parser.add_argument("--folder", help="ingest, label: folder for the images (default: one under the temporary folder)")
+    parser.add_argument("--workers", default="1,2", help="scaling: numbers of workers, default 1,2")
+    parser.add_argument("--ingest", metavar="FILE", help="plan: figures that `ingest --json FILE` measured")
+    parser.add_argument("--scaling", metavar="FILE", help="plan: figures that `scaling --json FILE` measured")
+    parser.add_argument("--assume", action="append", metavar="NAME=VALUE", help="plan: in place of an assumption; repeatable")
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--endpoint", help=argparse.SUPPRESS)
-    parser.add_argument("--encoder", default="mit_b5", help="label: default mit_b5")
-    parser.add_argument("--head", default="daformer", help="label: default daformer")
-    return parser.parse_args(arguments)
+    parser.add_argument("--encoder", default="mit_b5", help="label, scaling: default mit_b5")
+    parser.add_argument("--head", default="daformer", help="label, scaling: default daformer")
+    args = parser.parse_args(arguments)
+    args.recipe = args.recipe or ("unimatch_v2_coco_1_32" if args.what == "plan" else "daformer_gta2cityscapes")
+    return args
 
 
 # ---- cases, each in a process of its own --------------------------------------------------------------------------
@@ -162,6 +171,17 @@ def main() -> int:
             print(json.dumps(benchmark_pool.case(args)), flush=True)
             return 0
         rows = benchmark_pool.pool_table(args)
+    elif args.what == "scaling":
+        import benchmark_scaling
+
+        if args.case is not None:
+            print(json.dumps(benchmark_scaling.case(args)), flush=True)
+            return 0
+        rows = benchmark_scaling.scaling_table(args)
+    elif args.what == "plan":
+        import benchmark_plan
+
+        rows = benchmark_plan.plan_table(args)
     elif args.what == "ingest":
         import benchmark_ingest
 

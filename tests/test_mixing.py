@@ -27,6 +27,24 @@ def labels_and_pseudo(coding: EcocCoding | OneHotCoding) -> tuple[Target, Target
     return coding.encode(labels), pseudo
 
 
+def class_mix_by_host(labels_BHW: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """The obvious way: look which classes there are, then draw half of them."""
+    masks = []
+    for labels_HW, generator in zip(labels_BHW, generators, strict=True):
+        classes = labels_HW.unique()
+        chosen = classes[torch.randperm(len(classes), generator=generator)[: (len(classes) + 1) // 2]]
+        masks.append(torch.isin(labels_HW, chosen))
+    return torch.stack(masks)
+
+
+@pytest.mark.parametrize(("classes", "most"), [(1, 2), (5, 6), (19, 20), (19, 256), (255, 256)])
+def test_class_mix_draws_what_a_host_that_waits_would(classes: int, most: int) -> None:
+    labels_BHW = torch.randint(0, classes, (4, 24, 24))
+    labels_BHW[0, :3], labels_BHW[1] = 255, 0
+    draws = [[generator(i) for i in range(4)] for _ in range(2)]
+    assert torch.equal(mixing.class_mix_mask(labels_BHW, draws[0], most=most), class_mix_by_host(labels_BHW, draws[1]))
+
+
 @pytest.mark.parametrize("coding", [EcocCoding(max_min(8, 70), reliability=0.8), OneHotCoding(6)])
 @pytest.mark.parametrize("swap", [False, True])
 def test_every_field_comes_from_the_side_the_mask_names(coding, swap):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ecocseg import checkpoint, cli, labelling, launch, loop, stpp
+from ecocseg import checkpoint, cli, labelling, launch, loop, runfiles, stpp
 from ecocseg.config import RunConfig, load, validate
 from ecocseg.data.pseudo import OPTION
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
@@ -41,7 +41,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Done:
     def train(config: RunConfig, resume: str | None = None, display: Any = None) -> launch.RunResult:
         config, url = launch.choose_run(launch.with_absolute_paths(config), resume)
         launch.preflight(config, url)
-        launch.write_run_files(config, url)
+        runfiles.write(config, url)
         if seen.fails and url.endswith(seen.fails):
             raise launch.RunFailed("lost")
         seen.stages.append(config)

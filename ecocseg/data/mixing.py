@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import adjust_hue
 
 from ecocseg.coding import Target
+from ecocseg.device import to_device
 
 BLUR_SIGMAS = 6.0  # taps further out weigh less than float32 resolves
 
@@ -58,21 +59,33 @@ def classes_present(labels_BHW: Tensor) -> Tensor:
     return present_BN.scatter_(1, flat_BP, True)
 
 
-def class_mix_mask(labels_BHW: Tensor, generators: Sequence[torch.Generator], classes_N: Tensor | None = None) -> Tensor:
+def class_mix_mask(labels_BHW: Tensor, generators: Sequence[torch.Generator], classes_N: Tensor | None = None,
+                   most: int = 256) -> Tensor:
     """ClassMix: True on half (rounded up) of the classes of each image, 255 counted as one; one generator per image.
 
     With `classes_N`, bool [256], it is half of these classes, whether the image has them or not: DACS draws from the
-    classes of a whole batch, anew for each image. Shape: bool [B, H, W].
+    classes of a whole batch, anew for each image.
+
+    How many classes there are is known on the device alone, so the draw for each number of them, up to `most`, is made
+    and the device picks the right one: the host does not wait for it. Shape: bool [B, H, W].
     """
     flat_BP = labels_BHW.flatten(1).long()
     present_BN = classes_present(labels_BHW) if classes_N is None else classes_N.expand(len(flat_BP), -1)
-    present_BN = present_BN.cpu()
-    chosen_BN = torch.zeros(present_BN.shape, dtype=torch.bool)
-    for row, generator, picked in zip(present_BN, generators, chosen_BN, strict=True):
-        classes = row.nonzero().squeeze(1)
-        order = torch.randperm(len(classes), generator=generator)
-        picked[classes[order[: (len(classes) + 1) // 2]]] = True
-    return chosen_BN.to(flat_BP.device).gather(1, flat_BP).view(labels_BHW.shape)
+    place_BN = present_BN.cumsum(1).sub_(1).clamp_(0, most - 1)  # of a class among those present
+    draws = to_device(torch.stack([_half_draws(generator, most) for generator in generators]), flat_BP.device)
+    count_B = present_BN.sum(1).clamp_max_(most)
+    draw = draws.gather(1, count_B[:, None, None].expand(-1, 1, most)).squeeze(1)
+    return (draw.gather(1, place_BN) & present_BN).gather(1, flat_BP).view(labels_BHW.shape)
+
+
+def _half_draws(generator: torch.Generator, most: int) -> Tensor:
+    """Row n: half of n things, rounded up, drawn with the generator as it was given. Shape: bool [most + 1, most]."""
+    state, draws = generator.get_state(), torch.zeros(most + 1, most, dtype=torch.bool)
+    for number in range(1, most + 1):
+        generator.set_state(state)
+        order = torch.randperm(number, generator=generator)
+        draws[number, order[: (number + 1) // 2]] = True
+    return draws
 
 
 def cutmix_box(shape: tuple[int, int], generator: torch.Generator, p: float = 0.5,

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from ecocseg.data.decoding import TASK_ROWS, Decoder, Encoded, RayDecoder
 from ecocseg.data.order import Order, RareClass, default_lanes, stream_key
 from ecocseg.data.reading import Item, RaySource, ThreadSource, WindowRows, plan_items, read_rows, table_rows
 from ecocseg.data.transforms import IGNORE, WeakTransform
+from ecocseg.device import to_device
 from ecocseg.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class Batch:
     weight: torch.Tensor | None = None  # float [B], of pseudo-labels; None: labels are true
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, all but its positions; from pinned memory without waiting."""
+        """The batch on a device, all but its positions, without waiting."""
         if device.type == "cpu":
             return self
         tensors = {name: getattr(self, name) for name in ("image", "labels", "valid", "changes", "weight")}
-        return replace(self, **{name: tensor.pin_memory().to(device, non_blocking=True)
-                                for name, tensor in tensors.items() if tensor is not None})
+        moved: dict[str, Any] = {name: to_device(t, device) for name, t in tensors.items() if t is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Stream:
     `loader="ray"` and `decode="ray"` need a Ray runtime; `loader="torch"` reads with threads of this process, and
     `decode="beside"` decodes with `decode_threads` of them, where `"ray"` has as many Ray tasks under way. `columns` are
     the shard columns to read; leave out "mask" to stream without labels, and give "bits" and "weight" for those of
-    pseudo-labels. `wait_seconds` is the time the consumer has waited so far.
+    pseudo-labels. `pinned` batches lie in memory that a GPU copies from by itself. `wait_seconds` is the time the consumer has
+    waited so far.
 
     A damaged row (it does not decode, its mask has another size or an id that is no class) is put aside: its place in
     the batch is padding, so that no other sample moves, and `damaged` names its shard and row. InputError with that list
@@ -143,6 +145,7 @@ class Stream:
         columns: Sequence[str] = ("image_id", "image", "mask"),
         timeout_s: float = 300.0,
         damage_limit: float = 0.001,
+        pinned: bool = False,
     ):
         from ecocseg.storage import Storage as DefaultStorage
 
@@ -169,7 +172,7 @@ class Stream:
         self.on_limit: Callable[[], None] = lambda: None
         self.damaged: dict[tuple[str, int], str] = {}
         self.most_damaged = int(damage_limit * manifest.num_rows)
-        self._loader, self._prefetch, self._read_cpus = loader, prefetch_bytes, read_cpus
+        self._loader, self._prefetch, self._read_cpus, self._pinned = loader, prefetch_bytes, read_cpus, pinned
         self._decoder = Decoder(transform, manifest.classes, seed, stream_key(name))
         self._remote = RayDecoder(self._decoder) if decode == "ray" else None
         self._task_rows = min(TASK_ROWS, max(1, -(-self.width // micro_batches // decode_threads)))
@@ -304,15 +307,16 @@ class Stream:
     def _submit(self, step: int, rows: list[_Row]) -> _Pending:
         """Allocate the step's batches and start decoding into them."""
         size, (height, width), planes = self.width // self.micro_batches, self.transform.crop, self.transform.planes
+        empty = partial(torch.empty, pin_memory=self._pinned)
         start = step * self.order.global_batch + self.rank * self.width
         pending = _Pending([])
         for begin in range(0, self.width, size):
             part = rows[begin : begin + size]
-            labels = torch.empty((size, height, width), dtype=torch.int64) if "mask" in self.columns else None
+            labels = empty((size, height, width), dtype=torch.int64) if "mask" in self.columns else None
             batch = Batch(
-                torch.empty((size, 3 * self.transform.dates, height, width), dtype=torch.uint8),
+                empty((size, 3 * self.transform.dates, height, width), dtype=torch.uint8),
                 labels,
-                torch.empty((size, height, width), dtype=torch.bool),
+                empty((size, height, width), dtype=torch.bool),
                 torch.arange(start + begin, start + begin + size),
                 [row.content[0] for row in part],
                 torch.zeros((size, planes, height, width), dtype=torch.uint8) if planes else None,

@@ -15,6 +15,7 @@ from ecocseg.data.pipeline import Batch
 from ecocseg.data.strong import StrongView
 from ecocseg.evaluate import Normalize
 from ecocseg.models.hrda import TwoScaleLogits, two_scale_loss
+from ecocseg.profile import CODING, within
 from ecocseg.target import Target
 from ecocseg.teacher import Teacher
 
@@ -94,9 +95,15 @@ class Method:
     def loss(self, output: Tensor | TwoScaleLogits, target: Target, *, average: str = "all",
              normalizer: Tensor | None = None) -> dict[str, Tensor]:
         """The coding's loss terms of what the student gave, be it logits [B, K, h, w] or those of two scales."""
-        if isinstance(output, TwoScaleLogits):
-            return two_scale_loss(self.coding, output, target, average=average, normalizer=normalizer)
-        return self.coding.loss(output, target, average=average, normalizer=normalizer)
+        with within(CODING):
+            if isinstance(output, TwoScaleLogits):
+                return two_scale_loss(self.coding, output, target, average=average, normalizer=normalizer)
+            return self.coding.loss(output, target, average=average, normalizer=normalizer)
+
+    def label(self, logits_BKhw: Tensor, size: torch.Size) -> Target:
+        """The coding's labels of these logits at an image's size."""
+        with within(CODING):
+            return self.coding.pseudo_label(logits_BKhw.detach(), size=size)
 
     def strong(self, batch: Batch, given: StepInput, stream: int, number: int) -> Tensor:
         """Jitter, grey and blur, drawn for each image and view. Shape: float [B, C, H, W] in [0, 1]."""

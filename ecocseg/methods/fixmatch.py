@@ -21,6 +21,7 @@ from ecocseg.data import mixing
 from ecocseg.data.pipeline import Batch
 from ecocseg.methods.base import Part, StepInput
 from ecocseg.methods.supervised import Supervised
+from ecocseg.profile import STUDENT, within
 from ecocseg.target import IGNORE
 
 BOX, COLOUR, PARTNER_COLOUR, CHANNELS, WHOLE = range(11, 16)  # separate random streams of a step; views are added behind
@@ -86,14 +87,15 @@ class FixMatch(Supervised):
     @torch.no_grad()
     def guess_partner(self, given: StepInput, partner: Batch) -> Target:
         """Weighted labels of the partners by the student in eval mode."""
-        with evaluating(given.model), given.teacher_autocast():
+        with within(STUDENT), evaluating(given.model), given.teacher_autocast():
             logits_BKhw = given.model(self.normalize(partner.image))
         return self.guess(logits_BKhw, partner)
 
     @torch.no_grad()
     def guess(self, logits_BKhw: Tensor, batch: Batch, given: StepInput | None = None) -> Target:
         """Labels of unlabelled images from logits, weighted and without padding; logged if `given`."""
-        target = self.coding.pseudo_label(logits_BKhw.detach(), size=batch.image.shape[-2:])
+        target = self.label(logits_BKhw, batch.image.shape[-2:])
+        assert target.confidence is not None
         target.labels.masked_fill_(~batch.valid, IGNORE)
         confident_BHW = (target.confidence >= self.config.confidence_threshold) & batch.valid
         target.weight = self.pixel_weight(confident_BHW, batch.valid).to(target.weight.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ecocseg.coding import Target
 from ecocseg.data import mixing
+from ecocseg.device import to_device
 from ecocseg.methods.base import Part, StepInput, random_generator
 from ecocseg.methods.self_training import SelfTraining
 
@@ -54,7 +55,7 @@ class MaskedConsistency(SelfTraining):
         if self.config.masked_images == "target":
             return unlabeled.image, pseudo
         partner = self.partners(given)
-        is_source_B11 = (unlabeled.positions % 2 == 0).to(unlabeled.image.device)[:, None, None]
+        is_source_B11 = to_device(unlabeled.positions % 2 == 0, unlabeled.image.device)[:, None, None]
         image_B3HW = torch.where(is_source_B11[:, None], source.image[partner], unlabeled.image)
         return image_B3HW, mixing.mix(self.coding.encode(source.labels[partner]), pseudo, is_source_B11)
 
@@ -67,4 +68,4 @@ class MaskedConsistency(SelfTraining):
         masks = [mixing.patch_mask(size, self.config.mask_block, 1 - self.config.mask_ratio,
                                    generator=random_generator(given.seed, given.step, MASK, position))
                  for position in batch.positions.tolist()]
-        return torch.stack(masks).to(batch.image.device)
+        return to_device(torch.stack(masks), batch.image.device)

@@ -61,7 +61,7 @@ class SelfTraining(Supervised):
         generators = [random_generator(given.seed, given.step, MIX, int(p)) for p in source.positions[:number]]
         labels_BHW = source.labels[:number]
         classes_N = self.classes_present(given) if given.mix_classes is None else given.mix_classes
-        mask_BHW = mixing.class_mix_mask(labels_BHW, generators, classes_N)
+        mask_BHW = mixing.class_mix_mask(labels_BHW, generators, classes_N, self.coding.num_classes + 1)
         if len(unlabeled.image) > number:  # images without a partner stay as they are
             mask_BHW = F.pad(mask_BHW, (0, 0, 0, 0, 0, len(unlabeled.image) - number))
         partner = self.partners(given)
@@ -96,8 +96,9 @@ class SelfTraining(Supervised):
         batch = given.unlabeled
         assert batch is not None and given.teacher is not None
         with given.teacher_autocast():
-            logits_BKhw = given.teacher.module(self.normalize(batch.image))
-        target = self.coding.pseudo_label(logits_BKhw, size=batch.image.shape[-2:])
+            logits_BKhw = given.teacher(self.normalize(batch.image))
+        target = self.label(logits_BKhw, batch.image.shape[-2:])
+        assert target.confidence is not None
         target.labels.masked_fill_(~batch.valid, 255)
         confident_BHW = target.confidence >= self.config.confidence_threshold
         target.weight = self.pixel_weight(confident_BHW.to(target.weight.dtype)) * batch.valid

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ecocseg.data import mixing
 from ecocseg.data.pipeline import Batch
+from ecocseg.device import to_device
 from ecocseg.losses import soft_dice_loss
 from ecocseg.methods.base import Method, Part, StepInput, main_logits, main_output
 from ecocseg.models.hrda import TwoScaleLogits
@@ -64,8 +65,8 @@ class Supervised(Method):
         batch, boxes_BHW = self.unlabeled(given), self.cutouts(given)
         target = self.target(batch)
         target.labels = target.labels.masked_fill(~batch.valid | boxes_BHW, IGNORE)
-        noise_BCHW = torch.stack([torch.rand(batch.image.shape[1:], generator=generator)
-                                  for generator in self.generators(batch, given, NOISE)]).to(batch.image.device)
+        noise_BCHW = to_device(torch.stack([torch.rand(batch.image.shape[1:], generator=generator)
+                                            for generator in self.generators(batch, given, NOISE)]), batch.image.device)
         view_BCHW = torch.where(boxes_BHW[:, None], noise_BCHW, self.strong(batch, given, STRONG, 0))
         output = given.student(self.normalize(view_BCHW))
         normalizer = None if given.unlabeled_divisors is None else given.unlabeled_divisors[0]
@@ -87,7 +88,7 @@ class Supervised(Method):
         batch = self.unlabeled(given)
         size = (batch.image.shape[-2], batch.image.shape[-1])
         boxes = [mixing.cutmix_box(size, generator, probability) for generator in self.generators(batch, given, *stream)]
-        return torch.stack(boxes).to(batch.image.device)
+        return to_device(torch.stack(boxes), batch.image.device)
 
     def unlabeled_pixels(self, given: StepInput) -> Tensor | None:
         """Pixels of the strong views with a label. Shape: int64 [1]."""

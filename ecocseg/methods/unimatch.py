@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ecocseg.coding import Target
+from ecocseg.device import to_device
 from ecocseg.methods.base import StepInput
 from ecocseg.methods.fixmatch import CHANNELS, FixMatch
 
@@ -49,5 +50,5 @@ class UniMatch(FixMatch):
             for generator in self.generators(batch, given, CHANNELS, kind):
                 rows.append([(torch.rand(width, generator=generator) >= share) / (1 - share) for width in widths])
         device = self.unlabeled(given).image.device
-        dropped = [torch.stack(level).to(device) for level in zip(*rows, strict=True)]
+        dropped = [to_device(torch.stack(level), device) for level in zip(*rows, strict=True)]
         return [torch.cat([torch.ones_like(factors), factors]) for factors in dropped]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ecocseg.coding import Target
 from ecocseg.data.pipeline import Batch
+from ecocseg.device import to_device
 from ecocseg.methods.base import Part, StepInput, random_generator
 from ecocseg.methods.fixmatch import CHANNELS, COLOUR, WHOLE, FixMatch
 from ecocseg.target import reordered
@@ -50,7 +51,7 @@ class UniMatchV2(FixMatch):
         batch = self.unlabeled(given)
         assert given.teacher is not None
         with given.teacher_autocast():
-            logits_BKhw = given.teacher.module(self.normalize(batch.image))
+            logits_BKhw = given.teacher(self.normalize(batch.image))
         target = self.guess(logits_BKhw, batch, given)
         return [target, reordered(target, neighbours(batch))]
 
@@ -81,7 +82,7 @@ class UniMatchV2(FixMatch):
         for generator, position in zip(self.generators(batch, given, CHANNELS), batch.positions.tolist(), strict=True):
             factors_C = 2.0 * (torch.rand(max(widths), generator=generator) < 0.5)
             rows.append(torch.ones(max(widths)) if position % total in whole else factors_C)
-        first_BC = torch.stack(rows).to(batch.image.device)
+        first_BC = to_device(torch.stack(rows), batch.image.device)
         both_VC = torch.cat([first_BC, 2 - first_BC])
         return [both_VC[:, :width] for width in widths]
 
