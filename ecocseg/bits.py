@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ecocseg.device import constant
+
 WORD = 64
 _WORTH_LEAVING = 0.7  # share of open pixels below which the others are left out
 _GROUP = 24  # bits summed as one float32 number, exact below 2^24
@@ -92,7 +94,7 @@ def unpack(words_XP: Tensor, num_bits: int) -> Tensor:
     num_pixels = words_XP.shape[1]
     bytes_XP8 = words_XP.contiguous().view(torch.uint8).view(len(words_XP), num_pixels, 8)  # little-endian everywhere
     bytes_LP = bytes_XP8.transpose(1, 2).contiguous().view(-1, 1, num_pixels)[: (num_bits + 7) // 8]
-    masks_8 = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=words_XP.device)
+    masks_8 = constant((1, 2, 4, 8, 16, 32, 64, 128), words_XP.device, torch.uint8)
     return (bytes_LP & masks_8[:, None]).ne(0).reshape(-1, num_pixels)[:num_bits]
 
 

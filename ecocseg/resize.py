@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ecocseg.device import to_device
+
 _CPU_STRIP, _GPU_STRIP = 1 << 14, 1 << 20  # pixels of a strip: a map of K of them stays in cache / fills a GPU
 _BAND_STRIPS = 4  # strips that share a product along columns
 _BLOCK = 128  # pixels of a row made by one product: few enough to leave most zeros of the matrix out
@@ -76,6 +78,27 @@ def scratch(dtype: torch.dtype, device: torch.device) -> Scratch:
     return by_dtype.setdefault(dtype, Scratch(dtype, device))
 
 
+Blocks = list[tuple[slice, slice, Tensor]]
+"""Pixels of a row, the cells they are made of, and the matrix between them."""
+
+
+@functools.lru_cache(maxsize=32)
+def _matrices(source: tuple[int, int], size: tuple[int, int], align_corners: bool, dtype: torch.dtype,
+              device: torch.device) -> tuple[Tensor, list[int], list[int], Blocks]:
+    """What resizes rows [H, h], the first and end cell row of each pixel row, and what resizes columns; copied to a device
+    once, since a copy makes the host wait for it."""
+    rows, first, end = _axis_weights(source[0], size[0], align_corners)
+    columns, left, right = _axis_weights(source[1], size[1], align_corners)
+    blocks: Blocks = []
+    with torch.inference_mode(False):
+        for start in range(0, size[1], _BLOCK):
+            stop = min(start + _BLOCK, size[1])
+            cells = slice(min(left[start:stop]), max(right[start:stop]))
+            block = columns[start:stop, cells].t().to(dtype).contiguous()
+            blocks.append((slice(start, stop), cells, to_device(block, device)))
+        return to_device(rows.to(dtype), device), first, end, blocks
+
+
 class Upsample:
     """Bilinear resizing from (h, w) cells to (H, W) pixels as matrices; equal to F.interpolate."""
 
@@ -83,15 +106,7 @@ class Upsample:
         self.source, self.size, self.dtype, self.device = source, size, compute_dtype(like), like.device
         self.identity = source == size
         if not self.identity:
-            rows, self.first, self.end = _axis_weights(source[0], size[0], align_corners)
-            columns, left, right = _axis_weights(source[1], size[1], align_corners)
-            self.rows_Hh = rows.to(self.device, self.dtype)
-            self.blocks = []  # pixels of a row, the cells they are made of, and the matrix between them
-            for start in range(0, size[1], _BLOCK):
-                stop = min(start + _BLOCK, size[1])
-                cells = slice(min(left[start:stop]), max(right[start:stop]))
-                block = columns[start:stop, cells].t().to(self.device, self.dtype).contiguous()
-                self.blocks.append((slice(start, stop), cells, block))
+            self.rows_Hh, self.first, self.end, self.blocks = _matrices(source, size, align_corners, self.dtype, self.device)
 
 
 class Strips:
