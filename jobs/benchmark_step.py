@@ -36,6 +36,7 @@ def recipe_step(form: str, args: argparse.Namespace) -> Callable[[], None]:
 
     config = load(args.recipe, overrides=[f"coding.kind={form}", "engine.kind=torch", "model.pretrained=null",
                                           "method.feature_distance=0"])
+    assert config.data.classes is not None
     classes = CLASS_LISTS[config.data.classes]
     world = World(device=torch.device(args.device))
     torch.manual_seed(0)
