@@ -334,7 +334,7 @@ class Session:
 
     def _newest_saved(self) -> int | None:
         """Step of the newest checkpoint, which rank 0 knows; a collective."""
-        return self.world.gather(self.saver.newest)[0]
+        return self.world.gather(self.saver.whole())[0]
 
     def _note_damage(self) -> None:
         """List the damaged rows of each stream in the run's folder; too many of them, over all workers, end the run."""

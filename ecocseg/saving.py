@@ -62,6 +62,12 @@ class Saver:
         self.newest = saved.step
         return saved
 
+    def whole(self) -> int | None:
+        """Step of the newest checkpoint that is whole; one under way is waited for, and still to be taken."""
+        if self._writing is not None and self._writing.exception() is None:
+            return self._writing.result().step
+        return self.newest
+
     def close(self) -> BaseException | None:
         """Wait for what is being written; the error that came of it, if it has not been raised."""
         writing, self._writing = self._writing, None
