@@ -53,7 +53,9 @@ class Slurm:
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(["bash", str(ROOT / "cluster/slurm.sh"), *words], env=self.env | env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                # a shell that runs the tests in the background has them ignore it, and so would bash here
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def run(self, *words: str, **env: str) -> int:
         process = self.start(*words, **env)
