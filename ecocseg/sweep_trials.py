@@ -48,8 +48,8 @@ class Watcher:
         self.results: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.latest: dict[str, float] = {}
         self.rates: list[float] = []
-        self.evaluated: int | None = None
-        """Step of an evaluation that has not been reported."""
+        self.evaluated: dict[int, dict[str, float]] = {}
+        """Step of each evaluation that has not been reported -> what was logged by then."""
 
     def restart(self, phase: str) -> None:
         """A run begins; nothing to do."""
@@ -60,22 +60,26 @@ class Watcher:
         if record.get("time/steps_per_second"):
             self.rates.append(record["time/steps_per_second"])
         if f"{next(iter(self.config.data.eval))}/student/miou" in record:
-            self.evaluated = int(record["step"])
+            self.evaluated[int(record["step"])] = dict(self.latest)
 
     def read(self, text: str) -> None:
         """Take in what an earlier process logged, and had time to report."""
         for record in parse_metrics(text):
             self.note(record)
-        self.evaluated = None
+        self.evaluated.clear()
 
     def update(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "progress":
             self.note(record)
-        elif record["kind"] == "checkpoint" and self.evaluated is not None and (
-                self.evaluated <= record["step"] < self.config.train.steps):  # not one written late, from before
-            self.evaluated = None
+        elif record["kind"] == "checkpoint" and record["step"] < self.config.train.steps:
+            saved = [step for step in self.evaluated if step <= record["step"]]  # later ones are in the next checkpoint
+            if not saved:
+                return
+            logged = self.evaluated[max(saved)]
+            for step in saved:
+                del self.evaluated[step]
             try:
-                self.results.put(self.result(record["step"]))
+                self.results.put(self.result(record["step"], logged))
             except InputError as error:
                 self.error = error
                 self.stop.set()
@@ -85,16 +89,16 @@ class Watcher:
             for which, found in by_model.items():
                 figures = EvalResult.from_dict(found).figures()
                 self.latest.update({f"{name}/{which}/{key}": value for key, value in figures.items()})
-        self.results.put(self.result(final.step) | {"done": True})
+        self.results.put(self.result(final.step, self.latest) | {"done": True})
 
-    def result(self, step: int) -> dict[str, Any]:
-        """The objectives' values.
+    def result(self, step: int, logged: Mapping[str, float]) -> dict[str, Any]:
+        """The objectives' values in what a run had logged by a step.
 
         Raises:
             InputError: when one of them is logged by no such run.
         """
         first = next(iter(self.config.data.eval))
-        found = dict(self.latest)
+        found = dict(logged)
         for short in ("miou", "dice"):
             if f"{first}/student/{short}" in found:
                 found[short] = found[f"{first}/student/{short}"]

@@ -31,6 +31,7 @@ from ecocseg.teacher import Teacher
 COLOURS = torch.tensor([(75, 75, 75), (140, 60, 60), (60, 140, 60), (60, 60, 140)])
 N, H, W, CELL = len(COLOURS), 16, 16, 4
 ONE_LIGHT, ANY_LIGHT, DARK = (0.95, 1.05), (0.4, 1.6), (0.4, 0.95)
+LR = 0.01
 FIRST, STEPS = 20, 80  # steps of labelled images alone, and all steps
 ADAPTATION = ("self_training", "mic")
 OPTIONS: dict[str, Any] = {"average": "valid", "confidence_threshold": 0, "weighting": "pixel", "blur_probability": 0.0}
@@ -140,18 +141,18 @@ def toy_model(coding: Any) -> Segmenter:
 
 def chain(method: Any, light: tuple[float, float], seed: int) -> Segmenter:
     """ST++: a network of the labelled pictures labels 40; one learns the half on which the first changed least, labels the
-    others, and a third learns all."""
+    others, and a third learns all. Learning rates fall to 0, or the last steps of three networks in a row add up to chance."""
     first, second, third = (toy_model(method.coding) for _ in range(3))
     places = [pictures(1000 + n, light, 1) for n in range(40)]
-    train(first, method, light, False, seed, 50)
+    train(first, method, light, False, seed, 50, decay=True)
     before = [stored(one, first, method).labels for one in places]
-    train(first, method, light, False, seed + 1, 30)
+    train(first, method, light, False, seed + 1, 30, decay=True)
     labeled = [stored(one, first, method) for one in places]
     stable = [float((one.labels == was).float().mean()) for one, was in zip(labeled, before, strict=True)]
     order = sorted(range(40), key=lambda n: -stable[n])
-    train(second, method, light, True, seed, pool=batches([labeled[n] for n in order[:20]]))
+    train(second, method, light, True, seed, pool=batches([labeled[n] for n in order[:20]]), decay=True)
     rest = [stored(places[n], second, method) for n in order[20:]]
-    train(third, method, light, True, seed, pool=batches([*rest, *(labeled[n] for n in order[:20])]))
+    train(third, method, light, True, seed, pool=batches([*rest, *(labeled[n] for n in order[:20])]), decay=True)
     return third
 
 
@@ -168,10 +169,12 @@ def joined(parts: list[Batch]) -> Batch:
 
 
 def train(model: Segmenter, method: Any, light: tuple[float, float], unlabeled: bool, seed: int,
-          steps: int = STEPS, pool: list[Batch] | None = None) -> None:
+          steps: int = STEPS, pool: list[Batch] | None = None, decay: bool = False) -> None:
     teacher = Teacher(model, 0.9, type(method).whole_teacher)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), LR)
     for step in range(steps):
+        if decay:
+            optimizer.param_groups[0]["lr"] = LR * (1 - step / steps)
         if step > 0:
             teacher.update(model)
         own, partner = (replace(pictures(1000 * n + 4 * (step % 10), light), labels=None) for n in (1, 2))
