@@ -103,7 +103,7 @@ def test_an_objective_that_is_not_logged_is_named(tmp_path: Path) -> None:
     watcher = Watcher(tiny_config(tmp_path, tmp_path), {"mioux": "max"}, threading.Event())
     watcher.note({"val/student/miou": 0.5, "step": 1})
     with pytest.raises(InputError, match="objectives.mioux: is not logged; there are miou, step, val/student/miou"):
-        watcher.result(4)
+        watcher.result(4, watcher.latest)
 
 
 def test_a_run_without_an_objective_is_stopped_in_good_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,7 +122,17 @@ def test_a_trial_gone_on_with_counts_what_was_logged_before(tmp_path: Path) -> N
     logged = {"time/steps_per_second": 2.0, "val/student/miou": 0.1}
     watcher.read("".join(json.dumps({"step": step, **logged}) + "\n" for step in (1, 2)))
     watcher.update({"kind": "checkpoint", "step": 2, "url": ""})  # no new evaluation
-    assert watcher.results.empty() and watcher.result(2) == {"step": 2, "step_seconds": 0.5}
+    assert watcher.results.empty() and watcher.result(2, watcher.latest) == {"step": 2, "step_seconds": 0.5}
+
+
+def test_an_evaluation_is_told_with_its_own_figures_when_a_later_one_came_before_its_checkpoint(tmp_path: Path) -> None:
+    watcher = Watcher(tiny_config(tmp_path, tmp_path, train__steps=9), {"val/student/miou": "max"}, threading.Event())
+    for step in (2, 4):
+        watcher.update({"kind": "progress", "step": step, "val/student/miou": step / 10})
+    for step in (1, 2, 4):
+        watcher.update({"kind": "checkpoint", "step": step, "url": ""})
+    told = [watcher.results.get_nowait() for _ in range(watcher.results.qsize())]
+    assert told == [{"step": 2, "val/student/miou": 0.2}, {"step": 4, "val/student/miou": 0.4}]
 
 
 def snapshot(step: int) -> checkpoint.Snapshot:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import adjust_hue
 
 from ecocseg.coding import Target
 from ecocseg.device import to_device
+from ecocseg.libraries import TF
 
 BLUR_SIGMAS = 6.0  # taps further out weigh less than float32 resolves
 
@@ -132,7 +132,7 @@ def color_jitter(image_B3HW: Tensor, brightness: float, contrast: float, saturat
         elif which == 2:
             image_B3HW = _scale_saturation(image_B3HW, factors[2])
         elif hue > 0:
-            image_B3HW = adjust_hue(image_B3HW, factors[3])
+            image_B3HW = TF.adjust_hue(image_B3HW, factors[3])
     return image_B3HW
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from ecocseg.data.mixing import gaussian_blur
+from ecocseg.libraries import TF
 
 
 @dataclass(frozen=True)

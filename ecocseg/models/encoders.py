@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ecocseg.errors import InputError
+from ecocseg.libraries import smp, timm
 
 MIT_NAMES = tuple(f"mit_b{i}" for i in range(6))
 UNET = "unet"
@@ -108,7 +106,7 @@ class TimmEncoder(Encoder):
         kept = [i for i, stride in enumerate(strides) if stride >= 4]
         super().__init__(net, [channels[i] for i in kept], [strides[i] for i in kept],
                          divisor=1 if family in _ANY_SIZE else max(strides))
-        if recompute and not isinstance(net, FeatureListNet):
+        if recompute and not isinstance(net, timm.models.FeatureListNet):
             raise InputError(f"model.activation_checkpointing: '{name}' has no stages to recompute one by one; set it "
                              "to false, or choose a ResNet, ConvNeXt or MiT encoder")
         self.kept, self.recompute = kept, recompute

@@ -9,13 +9,12 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecocseg.errors import InputError
+from ecocseg.libraries import smp, timm
 from ecocseg.models.encoders import Encoder, SmpEncoder, build_encoder, unknown
 from ecocseg.models.heads import HEADS, Head, HrdaHead
 from ecocseg.models.weights import load_encoder_weights

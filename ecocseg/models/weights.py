@@ -20,15 +20,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-import segmentation_models_pytorch as smp
-import timm
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ecocseg.errors import InputError
+from ecocseg.libraries import smp, timm
 
 if TYPE_CHECKING:
     from ecocseg.storage import Storage
@@ -261,4 +259,4 @@ def _adapt_first_conv(net: nn.Module, found: State, wanted: State) -> None:
     """Give three-channel weights of the first convolution the encoder's number of channels, summed or repeated."""
     first = next((f"{name}.weight" for name, m in net.named_modules() if isinstance(m, nn.Conv2d)), None)
     if first in found and found[first].shape[1] == 3 != wanted[first].shape[1]:
-        found[first] = adapt_input_conv(wanted[first].shape[1], found[first])
+        found[first] = timm.models.adapt_input_conv(wanted[first].shape[1], found[first])
