@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ecocseg.config import EngineConfig, OptimConfig
+from ecocseg.libraries import deepspeed
 from ecocseg.profile import BACKWARD, STUDENT, within
 
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -175,8 +176,6 @@ class DeepSpeedEngine(Engine):
 
     def _wrap(self, optimizer: torch.optim.Optimizer, engine: EngineConfig, micro_batch: int) -> None:
         quiet_deepspeed()
-        import deepspeed
-
         # The shared-memory gloo helper is compiled at the first use (minutes); plain gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = engine.zero_stage
