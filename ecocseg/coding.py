@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ecocseg import bits as bit_words
+from ecocseg import cpu
 from ecocseg.kernels import Choice, dispatch, supported
 from ecocseg.losses import EcocWeights, StripLoss, StripTarget, cross_entropy_loss, ecoc_loss, stripwise_loss
 from ecocseg.resize import Scratch, Strips, Upsample, compute_dtype, row_strips, scratch
@@ -131,6 +132,10 @@ class Coding:
         """Triton kernels compute this case."""
         return supported(self.kernels, logits_BKhw, size, self.num_classes, align_corners)
 
+    def uses_compiled(self, logits_BKhw: Tensor, size: tuple[int, int]) -> bool:
+        """Compiled functions compute this case, on a CPU."""
+        return self.kernels == "auto" and cpu.supported(logits_BKhw, size, self.align_corners)
+
     def counts(self, logits_BKhw: Tensor, labels_BHW: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
         """Evaluation by a kernel: confusion int64 [N, N] and calibration int64 [15, 3], see evaluate.py."""
         return dispatch.counts(logits_BKhw, labels_BHW, self._kernel_tables(logits_BKhw.device), align_corners)
@@ -165,6 +170,8 @@ class OneHotCoding(Coding):
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
         if self.uses_kernels(logits_BKhw, pixels := _pixels(logits_BKhw, size), self.align_corners):
             return dispatch.one_hot_pseudo_label(logits_BKhw, pixels, self.align_corners)
+        if self.uses_compiled(logits_BKhw, pixels):
+            return cpu.one_hot_pseudo_label(logits_BKhw, pixels, self.align_corners)
         target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
         assert target.confidence is not None
         buffers = scratch(upsample.dtype, upsample.device)
@@ -180,6 +187,8 @@ class OneHotCoding(Coding):
         if self.uses_kernels(logits_BKhw, _size(target.labels), self.align_corners):
             return dispatch.cross_entropy(logits_BKhw, target, self._divisor(target, average, normalizer), self.align_corners)
         weight_BHW = self._weight(target, average, normalizer, compute_dtype(logits_BKhw))
+        if self.uses_compiled(logits_BKhw, _size(target.labels)):
+            return {"loss": cpu.loss(logits_BKhw, target, weight_BHW, self.align_corners)[0]}
         labels_BHW = target.labels.clamp_max(self.num_classes - 1)  # 255 has weight 0
 
         def strip(buffers: Scratch) -> StripLoss:
@@ -283,6 +292,12 @@ class EcocCoding(Coding):
             return dispatch.ecoc_pseudo_label(
                 logits_BKhw, pixels, self._kernel_tables(logits_BKhw.device), reliability=self.reliability,
                 max_candidates=self.max_candidates, label_form=self.label_form, align_corners=self.align_corners)
+        if self.uses_compiled(logits_BKhw, pixels):
+            tables = self._on(logits_BKhw.device, torch.float32)
+            limit = min(self.max_candidates or self.num_classes, self.num_classes)
+            return cpu.ecoc_pseudo_label(
+                logits_BKhw, pixels, tables.signs_NK, tables.zeros_N1, tables.words_XN, reliability=self.reliability,
+                limit=limit, label_form=self.label_form, align_corners=self.align_corners)
         target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
         device = logits_BKhw.device
         shape = (len(logits_BKhw), bit_words.num_words(self.num_outputs), *upsample.size)
@@ -363,6 +378,9 @@ class EcocCoding(Coding):
         dtype = compute_dtype(logits_BKhw)
         signs_NK = self._on(logits_BKhw.device, dtype).signs_NK
         weight_BHW = self._weight(target, average, normalizer, dtype)
+        if self.uses_compiled(logits_BKhw, _size(target.labels)):
+            loss, detail = cpu.loss(logits_BKhw, target, weight_BHW, self.align_corners, self.loss_weights, signs_NK)
+            return {"loss": loss, "bce": detail[0], "distance": detail[1], "contrast": detail[2]}
         labels_BHW, words_BXHW = target.labels.clamp_max(self.num_classes - 1), target.bits  # 255 has weight 0
 
         words_XN = self._on(logits_BKhw.device, dtype).words_XN

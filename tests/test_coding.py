@@ -374,5 +374,6 @@ def test_nothing_of_label_size_is_k_fold_from_mining_to_the_loss(sure):
         target = mixing.mix(mixed, pseudo, box)
         x = logits.requires_grad_()
         coding.loss(x, target)["loss"].backward()
-    assert x.grad.any() and (pseudo.reliable == 1).any() == (sure > 1)
+    settled = (pseudo.reliable == 1).float().mean()  # by the nearest codeword alone
+    assert x.grad.any() and (settled > 0.9 if sure > 1 else settled < 0.01)
     assert largest.elements < 40 * size * size * batch / 4
