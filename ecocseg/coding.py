@@ -34,7 +34,8 @@ class Coding:
     num_outputs: int
     align_corners: bool = False
     kernels: Choice = "auto"
-    """What computes pseudo-labels, losses and counts: Triton kernels where there is a GPU, torch, or Triton in any case."""
+    """What computes pseudo-labels, losses and counts: what is fastest (Triton on a GPU, C++ on a CPU), torch, or Triton in any
+    case."""
     weighting: Literal["image", "pixel"] = "pixel"
     """Which weight of pseudo-labels is published with FixMatch and UniMatch (the share of an image's confident
     pixels helps codewords and harms one-hot labels)."""
