@@ -23,6 +23,18 @@ from ecocseg.config import RunConfig, validate  # noqa: E402
 from ecocseg.data.classes import ClassList  # noqa: E402
 from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # noqa: E402
 
+LONGEST = ("test_ray", "test_kernels", "test_toy", "test_ssl_methods", "test_stpp", "test_labelling", "test_pipeline",
+           "test_sweep_runs", "test_loop")
+"""Files begun first, so that with several processes none is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 CLASSES = ClassList("tiny", ("ground", "block", "stripe", "sky"), ((90, 90, 90), (200, 60, 60), (60, 200, 60), (60, 60, 220)))
 
 
