@@ -164,8 +164,8 @@ class CodingConfig(Section):
     align_corners: bool = False
     """Bilinear convention by which logits are resized to labels, in training and evaluation. UDA code false, UniMatch true."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What computes pseudo-labels and losses: auto = Triton kernels on CUDA devices, C++ on CPUs (compiled at its first use) where
-    there is a compiler, torch elsewhere; torch = torch alone; triton = as auto, and an error where there is no CUDA device."""
+    """What computes pseudo-labels and losses: auto = Triton kernels on CUDA devices, C++ (compiled at its first use) on CPUs
+    where there is a compiler, torch elsewhere; torch = torch alone; triton = as auto, and an error without a CUDA device."""
 
 
 class MethodConfig(Section):

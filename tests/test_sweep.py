@@ -94,7 +94,8 @@ def test_words_of_the_command_go_to_the_sweep_or_to_the_recipe(tmp_path: Path) -
     ({"scheduler": {"kind": "pbt"}, "space": {"optim.lr": [0.1, 0.2]}}, "search.algorithm: PBT searches by itself, tpe does"),
     ({"scheduler": {"kind": "pbt"}, "concurrent": 2}, "concurrent: PBT's trials all train at the same time"),
     ({"scheduler": {"kind": "asha"}, "overrides": {"train.eval_every": 0}}, "scheduler.kind: asha decides by evaluations"),
-    ({"scheduler": {"kind": "asha", "every": 900}}, "scheduler.every: 900 is not below train.steps 350"),
+    ({"scheduler": {"kind": "asha", "every": 900}, "overrides": {"train.steps": 350, "train.eval_every": 50}},
+     "scheduler.every: 900 is not below train.steps 350"),
     ({"codebooks": True}, "search.algorithm: tpe needs training"),
     ({"codebooks": True, "space": {"optim.lr": [0.1]}}, "space.optim.lr: codebooks alone are made by coding.codebook")])
 def test_what_cannot_work_is_refused_before_a_trial(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
