@@ -379,7 +379,8 @@ class EcocCoding(Coding):
         dtype = compute_dtype(logits_BKhw)
         signs_NK = self._on(logits_BKhw.device, dtype).signs_NK
         weight_BHW = self._weight(target, average, normalizer, dtype)
-        if self.uses_compiled(logits_BKhw, _size(target.labels)):
+        same_size = logits_BKhw.shape[-2:] == target.labels.shape[1:]  # then products are as many as pixels: torch is faster
+        if not same_size and self.uses_compiled(logits_BKhw, _size(target.labels)):
             loss, detail = cpu.loss(logits_BKhw, target, weight_BHW, self.align_corners, self.loss_weights, signs_NK)
             return {"loss": loss, "bce": detail[0], "distance": detail[1], "contrast": detail[2]}
         labels_BHW, words_BXHW = target.labels.clamp_max(self.num_classes - 1), target.bits  # 255 has weight 0
