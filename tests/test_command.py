@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -118,3 +120,20 @@ def test_lost_truncated_and_unlabelled_shards_are_named(tmp_path: Path) -> None:
     (data / "val/manifest.json").write_text("{")
     code, output = command("--config", str(path), "--dry-run")
     assert code == 2 and "manifest.json is damaged" in output
+
+
+LIGHT = """
+import sys
+import ecocseg.cli, ecocseg.launch
+heavy = {"torchvision", "timm", "segmentation_models_pytorch", "deepspeed", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+from ecocseg.libraries import deepspeed, timm
+timm.is_model, deepspeed.initialize
+helpers = {"wandb", "mlflow"} & set(sys.modules)
+assert not helpers, helpers
+"""
+
+
+def test_libraries_that_take_seconds_are_imported_when_used_and_without_what_is_not_used() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

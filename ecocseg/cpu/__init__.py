@@ -53,25 +53,30 @@ class _LossOptions(ctypes.Structure):
         ("target_instead", ctypes.c_int64)]
 
 
+def compiler() -> str | None:
+    """Path of the C++ compiler: `CXX`, or the first of the usual names that is there."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+
+
 @functools.cache
 def library() -> Any:
     """The compiled functions; None, and one line in the log, where they cannot be had."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
-    if compiler is None:
+    command = compiler()
+    if command is None:
         log.info("no C++ compiler here: torch computes the coding maths")
         return None
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():  # what -march=native means depends on it, and homes are shared by machines
         processor += "".join(sorted({line for line in Path("/proc/cpuinfo").read_text().splitlines()
                                      if line.startswith(("flags", "Features", "model name"))}))
-    key = hashlib.sha256(SOURCE.read_bytes() + "\0".join([*FLAGS, compiler, processor]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(SOURCE.read_bytes() + "\0".join([*FLAGS, command, processor]).encode()).hexdigest()[:16]
     built = Path(os.environ.get("ECOCSEG_CACHE", "~/.cache/ecocseg")).expanduser() / f"coding-{key}.so"
     try:
         if not built.exists():
             built.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # several workers may do so at once
                 made = Path(folder) / built.name
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=300)
+                subprocess.run([command, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=300)
                 made.replace(built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
@@ -217,6 +222,7 @@ def _empty_target(logits_BKhw: Tensor, size: tuple[int, int], num_words: int) ->
 
 
 def one_hot_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], align_corners: bool) -> Target:
+    """`OneHotCoding.pseudo_label`: the likeliest class of the upsampled logits, and its softmax probability."""
     maps_BKhw = logits_BKhw.detach().float().contiguous()
     source = (maps_BKhw.shape[-2], maps_BKhw.shape[-1])
     target, (grid, _) = _empty_target(logits_BKhw, size, 0), _grid(source, size, align_corners)
@@ -234,6 +240,10 @@ def one_hot_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], align_corne
 
 def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], signs_NK: Tensor, zeros_N1: Tensor, words_XN: Tensor, *,
                       reliability: float, limit: int, label_form: str, align_corners: bool) -> Target:
+    """`EcocCoding.pseudo_label`: the nearest codeword's class, bits mined among at most `limit` candidates, mean confidence.
+
+    Shapes: signs float32 [N, K], zero bits of the codewords float32 [N, 1], codewords int64 [X, N], X words.
+    """
     maps_BKhw = logits_BKhw.detach().float().contiguous()
     (num_words, num_classes), num_bits = words_XN.shape, maps_BKhw.shape[1]
     source = (maps_BKhw.shape[-2], maps_BKhw.shape[-1])

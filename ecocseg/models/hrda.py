@@ -155,7 +155,11 @@ class HrdaSegmenter(Segmenter):
         height, width = (min(want, side) // self.step * self.step for want, side in zip(wanted, size, strict=True))
         return height, width
 
-    @torch.compiler.disable
+    def compile(self, *args: Any, **options: Any) -> None:
+        """As of any module, but boxes are drawn uncompiled. (A decorator would import the compiler in every process.)"""
+        HrdaSegmenter._random_box = torch.compiler.disable(HrdaSegmenter._random_box)  # type: ignore[method-assign]
+        super().compile(*args, **options)
+
     def _random_box(self, size: tuple[int, int]) -> Box:
         """One draw: any corner of the grid from which the box lies inside the image."""
         height, width = self._box_size(size)
