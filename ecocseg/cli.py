@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ecocseg import checkpoint, expect, launch, loop, memory, preflight, stpp
+from ecocseg import batching, checkpoint, expect, launch, memory, preflight, stpp, streams
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, with_values
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
@@ -117,7 +117,7 @@ def dry_run(config: RunConfig) -> str:
     config, run_url = launch.choose_run(config, "auto" if config.run.name else None)
     resources = launch.plan_on_nodes(config, launch.cluster_nodes())
     launch.preflight(config, run_url, resources.possible)
-    manifests = loop.load_manifests(config)
+    manifests = streams.load_manifests(config)
     lines = [f"recipe      {config.recipe}: {config.description}", f"run folder  {run_url} (writable)"]
     buckets = [url for url in (run_url, *(m.url for m in manifests.values())) if is_remote(url)]
     lines += [f"storage     credentials from {checkpoint.build_storage(config).credentials(url)}" for url in buckets[:1]]
@@ -125,7 +125,7 @@ def dry_run(config: RunConfig) -> str:
               f"size, {m.url}"
               for name, m in manifests.items()]
     lines += [*task_lines(config, manifests["labeled"].classes, forward=True, workers=resources.workers),
-              f"resources   {resources.describe()}; {loop.micro_batches(config, resources.workers)} micro-batch(es)",
+              f"resources   {resources.describe()}; {batching.micro_batches(config, resources.workers)} micro-batch(es)",
               "all checks passed; nothing was trained"]
     return "\n".join(lines)
 
@@ -163,8 +163,8 @@ def task_lines(config: RunConfig, classes: ClassList, forward: bool, workers: in
             shape = f", crop {tuple(config.data.crop)} -> logits {tuple(model(image).shape)}"
     return [f"classes     {classes.num_classes}: {', '.join(classes.names)}", f"coding      {coding.describe()}",
             f"model       {config.model.encoder} + {config.model.head}: {size:.2f} M parameters{shape}",
-            f"learning    {loop.lr_line(config)}",
-            f"memory      {memory.estimate(config, model, workers, loop.micro_batches(config, workers)).describe()}"]
+            f"learning    {batching.lr_line(config)}",
+            f"memory      {memory.estimate(config, model, workers, batching.micro_batches(config, workers)).describe()}"]
 
 
 def run_one(config: RunConfig, resume: str | None, display: ProgressDisplay) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecocseg import checkpoint, loop, memory
+from ecocseg import batching, checkpoint, memory
 from ecocseg.config import RECIPES, ModelConfig, RunConfig, load, recipe_names
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.methods import METHODS
@@ -67,7 +67,7 @@ def expect(config: RunConfig) -> dict[str, Any]:
     batches = [config.train.labeled_batch] + ([config.train.unlabeled_batch] if config.needs_unlabeled else [])
     found: dict[str, Any] = {}
     for gpus in (n for n in (1, 2, 4, 8) if not any(batch % n for batch in batches)):
-        gb = memory.estimate(config, model, gpus, loop.micro_batches(config, gpus)).total / memory.GB
+        gb = memory.estimate(config, model, gpus, batching.micro_batches(config, gpus)).total / memory.GB
         found = {"parameters": round(sum(p.numel() for p in model.parameters()) / 1e6, 1), "gpus": gpus,
                  "hours": float(f"{hours / gpus:.2g}"), "gb": round(gb, 1)}
         if hours / gpus <= LONG_HOURS and gb <= GPU_GB:

@@ -16,22 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecocseg import checkpoint, collapse, damage, finite, memory
+from ecocseg import batching, checkpoint, collapse, damage, finite, memory, streams
 from ecocseg.asking import Asking
-from ecocseg.codebook import Codebook
 from ecocseg.config import RunConfig
-from ecocseg.data import pseudo
-from ecocseg.data.classes import CLASS_LISTS, IGNORE
-from ecocseg.data.order import RareClass
+from ecocseg.data.classes import IGNORE
 from ecocseg.data.pipeline import Batch, Stream, damage_error
-from ecocseg.data.shards import Manifest, iter_rows, read_manifest
-from ecocseg.data.transforms import WeakTransform
+from ecocseg.data.shards import iter_rows
 from ecocseg.engine import World, build_engine, schedule
 from ecocseg.errors import InputError, Restart
 from ecocseg.evaluate import EvalResult, Normalize, evaluate, samples_of_rows
 from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
-from ecocseg.models.heads import HEADS
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
 from ecocseg.profile import DATA, EMA, OPTIMIZER, STEP, StepProfile, within
@@ -101,10 +96,10 @@ class Session:
     def _build(self) -> None:
         config, world = self.config, self.world
         torch.manual_seed(config.train.seed)
-        self.manifests = load_manifests(config)
+        self.manifests = streams.load_manifests(config)
         self.classes = self.manifests["labeled"].classes
         self.book = checkpoint.build_codebook(config.coding, self.classes)
-        check_codebooks(config, self.manifests, self.book)
+        streams.check_codebooks(config, self.manifests, self.book)
         self.coding = checkpoint.build_coding(config.coding, self.book, self.classes.num_classes)
         self.normalize = Normalize(config.data.mean, config.data.std)
         self.spec = checkpoint.build_spec(config)
@@ -117,7 +112,7 @@ class Session:
         if config.engine.sync_batch_norm and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: Any = model
-        self.micro_batches = micro_batches(config, world.size)
+        self.micro_batches = batching.micro_batches(config, world.size)
         self.memory = memory.check(config, model, world, self.micro_batches)
         pretrained = None
         if config.method.feature_distance > 0:
@@ -156,7 +151,7 @@ class Session:
                 self.watch.update(record["step"], record)
         for name in self.config.streams:
             manifest = self.manifests["labeled" if name == "labeled" else "unlabeled"]
-            stream = open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
+            stream = streams.open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
             known = damage.DamageList(self.storage, join(self.run_url, f"damaged-{name}.tsv"), manifest)
             if self.world.rank == 0:  # what was met before a restart counts on
                 stream.damaged.update(known.read())
@@ -404,7 +399,7 @@ class Session:
             return
         meta = {"teacher_updates": self.teacher.updates if self.teacher else 0, "best": self.best,
                 "config": self.config.model_dump(mode="json"), "workers": self.world.size,
-                "rows_consumed": {name: self.step * batch_size(self.config, name) for name in self.streams},
+                "rows_consumed": {name: self.step * batching.batch_size(self.config, name) for name in self.streams},
                 "manifests": {name: manifest.hash for name, manifest in self.manifests.items()},
                 "versions": checkpoint.versions(), **checkpoint.describe_task(self.book, self.classes)}
         teacher = checkpoint.cpu_state(self.teacher.module) if self.teacher is not None else None
@@ -447,8 +442,8 @@ class Session:
     def batch_line(self) -> str:
         train, unlabeled = self.config.train, f" + {self.config.train.unlabeled_batch}" if self.config.needs_unlabeled else ""
         return (f"{train.labeled_batch}{unlabeled} images a step over {self.world.size} worker(s), "
-                f"{self.micro_batches} micro-batch(es) each; {lr_line(self.config)}"
-                f"{batch_weight_line(self.config, self.world.size * self.micro_batches)}; memory "
+                f"{self.micro_batches} micro-batch(es) each; {batching.lr_line(self.config)}"
+                f"{batching.batch_weight_line(self.config, self.world.size * self.micro_batches)}; memory "
                 + (self.memory.describe() if self.memory else "not estimated, the model does not run without content"))
 
     def _say(self, text: str) -> None:
@@ -495,159 +490,3 @@ class Clock:
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     """A number as a metric: filled in on the device, not copied there."""
     return value.float() if isinstance(value, Tensor) else torch.full((), value, device=device)
-
-
-def batch_size(config: RunConfig, stream: str) -> int:
-    return config.train.labeled_batch if stream == "labeled" else config.train.unlabeled_batch
-
-
-def batch_weight_line(config: RunConfig, shares: int) -> str:
-    """What method.weighting=batch means where the global batch is taken in more than one share; else nothing."""
-    if config.method.weighting != "batch" or not config.needs_unlabeled or shares == 1:
-        return ""
-    each, whole = config.train.unlabeled_batch // shares, config.train.unlabeled_batch
-    return f"; method.weighting=batch: one pseudo-label weight for each {each} image(s) taken at once, not for all {whole}"
-
-
-def lr_line(config: RunConfig) -> str:
-    """The learning rate, and what became of it where the batch is not the one it was chosen for."""
-    optim, size = config.optim, config.train.labeled_batch
-    text = f"learning rate {optim.lr * config.lr_factor:.3g}"
-    if optim.lr_batch in (None, size):
-        return text
-    kept = "kept as it is (optim.lr_rule=fixed)" if optim.lr_rule == "fixed" else f"by optim.lr_rule={optim.lr_rule}"
-    return f"{text}, {kept}: the recipe has {optim.lr:.3g} for {optim.lr_batch} labelled images a step, this run {size}"
-
-
-def micro_batches(config: RunConfig, workers: int) -> int:
-    """Number of micro-batches each worker accumulates over: the least that respects `train.micro_batch`.
-
-    Raises:
-        InputError: when the workers cannot share the global batches, with the numbers that would do.
-    """
-    sizes = {"train.labeled_batch": config.train.labeled_batch}
-    if config.needs_unlabeled:
-        sizes["train.unlabeled_batch"] = config.train.unlabeled_batch
-    for key, size in sizes.items():
-        if size % workers:
-            fits = [w for w in range(1, size + 1) if all(s % w == 0 for s in sizes.values())]
-            raise InputError(f"{key}: {size} images cannot be shared by {workers} workers; use launch.workers of "
-                             f"{', '.join(map(str, fits))}, or a multiple of {workers} images")
-    share = math.gcd(*(size // workers for size in sizes.values()))
-    most = config.train.micro_batch or max(sizes.values())
-    in_pairs = config.method.kind == "unimatch_v2"  # images next to one another are pasted on each other
-    if in_pairs and config.train.unlabeled_batch // workers % 2:
-        raise InputError(f"train.unlabeled_batch: method.kind=unimatch_v2 pastes pairs of images, and {workers} worker(s) get "
-                         f"{config.train.unlabeled_batch // workers} of {config.train.unlabeled_batch} each; use fewer "
-                         f"launch.workers, or a multiple of {2 * workers} images")
-    least = _fewest_images(config, workers)
-    enough = False
-    for number in range(1, share + 1):
-        labeled, unlabeled = (sizes.get(f"train.{kind}_batch", 0) // workers // number for kind in ("labeled", "unlabeled"))
-        if share % number or (in_pairs and unlabeled % 2):
-            continue
-        has_enough = METHODS[config.method.kind].fewest_images(labeled, unlabeled) >= least
-        enough = enough or has_enough
-        if has_enough and labeled <= most:
-            return number
-    if not enough:
-        raise InputError(f"model.head: {config.model.head} normalises one pooled value an image over the batch, so each pass "
-                         f"needs two images or more, and {workers} worker(s) share {sizes}; use fewer launch.workers, larger "
-                         "batches, engine.sync_batch_norm=true on GPUs, or another head")
-    raise InputError(f"train.micro_batch: {most} cannot be reached: {sizes} over {workers} workers share no such division"
-                     + (" into pairs of unlabelled images" if in_pairs else "")
-                     + (f" that leaves model.head={config.model.head} two images a pass" if least > 1 else "")
-                     + "; raise it, or make the batch sizes multiples of each other")
-
-
-def _fewest_images(config: RunConfig, workers: int) -> int:
-    """Images that each pass in training needs on a worker."""
-    head = HEADS.get(config.model.head)
-    together = config.engine.sync_batch_norm and workers > 1  # norms see all workers' images
-    return 1 if head is None or together else head.fewest_images
-
-
-def load_manifests(config: RunConfig) -> dict[str, Manifest]:
-    """All manifests of a run by stream name, with one class list.
-
-    Raises:
-        InputError: when one is missing or damaged, or their classes differ.
-    """
-    storage = checkpoint.build_storage(config)
-    urls = {"data.labeled": ("labeled", config.data.labeled)}
-    if config.needs_unlabeled:
-        urls["data.unlabeled"] = ("unlabeled", config.data.unlabeled)
-    urls |= {f"data.eval.{name}": (f"eval/{name}", url) for name, url in config.data.eval.items()}
-    manifests: dict[str, Manifest] = {}
-    for key, (name, url) in urls.items():
-        try:
-            manifests[name] = read_manifest(str(url), storage)
-        except InputError as error:
-            raise InputError(f"{key}: {error}") from None
-        _check_pseudo(config, key, name, manifests[name])
-        masks = name != "unlabeled" or config.method.pseudo_labels
-        if masks and manifests[name].num_labeled < manifests[name].num_rows:
-            raise InputError(f"{key}: {manifests[name].num_rows - manifests[name].num_labeled} of {manifests[name].num_rows} "
-                             f"images in {url} have no mask; pack them with masks, or use them as data.unlabeled")
-        if masks and manifests[name].classes.names != manifests["labeled"].classes.names:
-            raise InputError(f"{key}: {url} has the classes of '{manifests[name].classes.name}', data.labeled those of "
-                             f"'{manifests['labeled'].classes.name}'; pack both with one class list")
-    wanted, found = config.data.classes, manifests["labeled"].classes
-    if wanted is not None and CLASS_LISTS[wanted].names != found.names:
-        raise InputError(f"data.classes: the recipe is for '{wanted}' ({CLASS_LISTS[wanted].num_classes} classes), "
-                         f"data.labeled has '{found.name}' ({found.num_classes}); pack it with that list, or data.classes=null")
-    return manifests
-
-
-def _check_pseudo(config: RunConfig, key: str, name: str, manifest: Manifest) -> None:
-    """See that pseudo-labels are where they are learned as such, and true labels where scores are taken.
-
-    Raises:
-        InputError: naming the key.
-    """
-    guessed = pseudo.OPTION in manifest.options
-    if name == "unlabeled" and config.method.pseudo_labels and not guessed:
-        raise InputError(f"{key}: {manifest.url} has no pseudo-labels; make them with jobs/pseudo_label.py, or set "
-                         "method.pseudo_labels=false")
-    if name.startswith("eval/") and guessed:
-        raise InputError(f"{key}: the masks in {manifest.url} are pseudo-labels, no truth to score by; give annotated shards")
-    if name == "labeled" and guessed and config.method.kind != "supervised":
-        raise InputError(f"{key}: the masks in {manifest.url} are pseudo-labels, which method.kind={config.method.kind} would "
-                         "take for true; use supervised")
-
-
-def check_codebooks(config: RunConfig, manifests: dict[str, Manifest], book: Codebook | None) -> None:
-    """Refuse stored pseudo-labels that are learned and of another codebook than the run's. InputError naming the key."""
-    for name in ("labeled", "unlabeled") if config.method.pseudo_labels else ("labeled",):
-        pseudo.check_codebook(manifests[name], None if book is None else book.hash, f"data.{name}")
-
-
-def rare_class(config: RunConfig, name: str, manifest: Manifest) -> RareClass | None:
-    """How a stream draws rare classes; None where it is uniform."""
-    if name != "labeled" or config.data.sampling == "uniform":
-        return None
-    # the limit is for labels at their full size; those of a set that was reduced when it was packed have fewer pixels
-    scale = float(manifest.options.get("pixel_scale", 1.0))
-    return RareClass(config.data.rare_temperature, max(1, round(config.data.rare_min_pixels * scale)))
-
-
-def open_stream(config: RunConfig, name: str, manifest: Manifest, world: World, start_step: int, micro: int) -> Stream:
-    data, labeled = config.data, name == "labeled"
-    masks = labeled or config.method.pseudo_labels
-    planes = pseudo.num_planes(manifest) if masks else None
-    rare = rare_class(config, name, manifest)
-    transform = WeakTransform(
-        resize=data.resize_labeled if labeled else data.resize_unlabeled, scale=data.scale, crop=data.crop, flip=data.flip,
-        max_class_share=data.max_class_share, min_class_pixels=data.rare_crop_min_pixels if rare else 0,
-        margins=(0, 0, 0, 0) if labeled else data.unlabeled_margins, dates=2 if config.model.siamese else 1, turn=data.turn,
-        planes=planes or 0)
-    return Stream(
-        manifest, name=name, seed=config.train.seed, global_batch=batch_size(config, name),
-        sampling="rare_class" if rare else "uniform",
-        rare_class=rare, transform=transform,
-        rank=world.rank, world=world.size, start_step=start_step, lanes=data.lanes, loader=data.loader,
-        micro_batches=micro, prefetch_bytes=data.prefetch_mb << 20, decode=data.decode,
-        decode_threads=data.decode_threads, pinned=world.device.type == "cuda",
-        read_cpus=data.read_cpus, timeout_s=data.watchdog_seconds, damage_limit=data.damage_limit,
-        storage=checkpoint.build_storage(config),
-        columns=(*config.model.image_columns, *(("mask",) if masks else ()), *(pseudo.COLUMNS if planes is not None else ())))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ecocseg import batching
 from ecocseg.config import RunConfig
 from ecocseg.engine import World
 from ecocseg.errors import InputError
@@ -118,11 +119,9 @@ def refusal(config: RunConfig, found: Estimate, there: int, workers: int, micro_
 
 def smaller_micro_batch(config: RunConfig, workers: int, micro_batches: int) -> int | None:
     """The largest train.micro_batch below what a worker takes at once now that method, head and batches allow, or None."""
-    from ecocseg.loop import micro_batches as divide  # which imports this module
-
     for size in range(config.train.labeled_batch // (workers * micro_batches) - 1, 0, -1):
         try:
-            number = divide(config.updated(train={"micro_batch": size}), workers)
+            number = batching.micro_batches(config.updated(train={"micro_batch": size}), workers)
             return config.train.labeled_batch // (workers * number)
         except InputError:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ecocseg import checkpoint, loop, trackers
+from ecocseg import batching, checkpoint, streams, trackers
 from ecocseg.config import RunConfig
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.data.pipeline import make_order
@@ -31,13 +31,13 @@ def preflight(config: RunConfig, run_url: str, workers: Sequence[int] = ()) -> N
             storage.check(url)
     storage.check_writable(run_url)
     prepare_data(config, storage)
-    manifests = loop.load_manifests(config)
+    manifests = streams.load_manifests(config)
     for manifest in manifests.values():
         check_files(manifest, storage)
     classes = manifests["labeled"].classes
     if config.data.classes is None:
         check_task(config, classes)
-    loop.check_codebooks(config, manifests, checkpoint.build_codebook(config.coding, classes))
+    streams.check_codebooks(config, manifests, checkpoint.build_codebook(config.coding, classes))
     check_orders(config, manifests, storage, workers)
 
 
@@ -61,8 +61,8 @@ def check_orders(config: RunConfig, manifests: dict[str, Manifest], storage: Sto
     """See that every stream has a sample order that so many workers can share. InputError naming the key."""
     for name in config.streams:
         manifest = manifests["labeled" if name == "labeled" else "unlabeled"]
-        order = make_order(manifest, name, config.train.seed, loop.batch_size(config, name), config.data.lanes,
-                           loop.rare_class(config, name, manifest), storage)
+        order = make_order(manifest, name, config.train.seed, batching.batch_size(config, name), config.data.lanes,
+                           streams.rare_class(config, name, manifest), storage)
         for number in workers:
             order.check_world(number)
 

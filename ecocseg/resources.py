@@ -3,7 +3,7 @@
 Ray Data and Ray Train wait for ever for what a cluster does not have. A worker must fit on a node, not just into the sum
 of all, and what workers leave must hold the tasks that read their data.
 
-The controller of an elastic run counts as well, in a process of its own: `loop` is imported where it is used.
+The controller of an elastic run counts as well, in a process of its own: `batching` is imported where it is used.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def plan_resources(config: RunConfig, cpus: float, gpus: int) -> Resources:
     if not use_gpu and workers > cpus:
         raise InputError(f"launch.workers: {workers} workers need {workers} CPU cores, the cluster has {cpus:g}; "
                          f"use {int(cpus)} or fewer")
-    from ecocseg import loop
+    from ecocseg import batching
 
-    loop.micro_batches(config, workers)
+    batching.micro_batches(config, workers)
     ingest = ingest_cpus(config, workers)
     share = config.launch.cpus_per_worker or min(4.0, int((cpus - ingest) / workers * 100) / 100)
     if share < LEAST_CPU or workers * share + ingest > cpus + 1e-9:
@@ -162,11 +162,11 @@ def elastic_sizes(config: RunConfig) -> tuple[int, ...]:
 
 def _shares(config: RunConfig, workers: int) -> bool:
     """Whether so many workers can share every batch, and the lanes its order is woven from."""
-    from ecocseg import loop
+    from ecocseg import batching
 
     try:
-        loop.micro_batches(config, workers)
+        batching.micro_batches(config, workers)
     except InputError:
         return False
-    batches = [loop.batch_size(config, name) for name in config.streams]
+    batches = [batching.batch_size(config, name) for name in config.streams]
     return all((config.data.lanes or default_lanes(batch)) % workers == 0 for batch in batches)

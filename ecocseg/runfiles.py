@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ecocseg import checkpoint, loop
+from ecocseg import checkpoint, streams
 from ecocseg.config import RunConfig
 from ecocseg.storage import Storage, join
 from ecocseg.trackers import IDS
@@ -26,7 +26,7 @@ def write(config: RunConfig, run_url: str) -> None:
 
     `starts` in it has an entry for each start, the first one first: a resumed run may be of another commit than it began with.
     """
-    storage, manifests = checkpoint.build_storage(config), loop.load_manifests(config)
+    storage, manifests = checkpoint.build_storage(config), streams.load_manifests(config)
     earlier = read(run_url, storage).get("starts", [])
     if not checkpoint.Checkpoints(run_url, storage).complete():  # nothing to go on from: another run than the one that failed
         earlier = []

@@ -24,7 +24,7 @@ from conftest import scene, tiny_config, tiny_plain
 from faulty_s3 import FAULTS, FaultyS3
 from moto.server import ThreadedMotoServer
 
-from ecocseg import launch, loop
+from ecocseg import launch, loop, streams
 from ecocseg.checkpoint import Checkpoints, Snapshot
 from ecocseg.data.shards import check_files, iter_rows, read_manifest
 from ecocseg.engine import World
@@ -118,7 +118,7 @@ def test_streams_give_each_row_once_a_pass_in_the_same_order(server: str, tiny: 
         manifest = read_manifest(source, launch.checkpoint.build_storage(config))
         steps: list[list[str]] = [[] for _ in range(36)]
         for rank in range(world):
-            with loop.open_stream(config, "unlabeled", manifest, World(rank, world, torch.device("cpu")), 0, 1) as stream:
+            with streams.open_stream(config, "unlabeled", manifest, World(rank, world, torch.device("cpu")), 0, 1) as stream:
                 for step in steps:
                     step += [image_id for batch in next(stream) for image_id in batch.image_ids]
         return steps

@@ -31,7 +31,7 @@ from moto.server import ThreadedMotoServer
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ecocseg import checkpoint, launch, loop
+from ecocseg import checkpoint, launch, loop, streams
 from ecocseg.checkpoint import Checkpoints
 from ecocseg.config import RunConfig
 from ecocseg.data.pipeline import Stream
@@ -487,7 +487,7 @@ def test_a_slow_worker_is_named_and_changes_nothing(tiny: Path, tmp_path: Path) 
 
 def ids(config: RunConfig, manifest: Any, steps: int, before: Callable[[int], None] = lambda step: None) -> list[list[str]]:
     """Image ids of a stream's first steps; a function is called before each."""
-    with loop.open_stream(config, "unlabeled", manifest, World(), 0, 1) as stream:
+    with streams.open_stream(config, "unlabeled", manifest, World(), 0, 1) as stream:
         found = []
         for step in range(steps):
             before(step)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import damage_rows, tiny_config, write_tiny
 
-from ecocseg import checkpoint, launch, loop
+from ecocseg import batching, checkpoint, launch, loop
 from ecocseg.checkpoint import Checkpoints
 from ecocseg.config import RunConfig, load
 from ecocseg.data.classes import ClassList
@@ -233,12 +233,12 @@ def test_pictures_are_written(tiny: Path, tmp_path: Path) -> None:
     ({}, 1, 1), ({"train__micro_batch": 1}, 1, 4), ({"train__micro_batch": 1}, 2, 2), ({"train__micro_batch": 3}, 1, 2)])
 def test_micro_batches_follow_from_the_limit(tiny: Path, tmp_path: Path, changes: dict[str, Any], workers: int,
                                              want: int) -> None:
-    assert loop.micro_batches(tiny_config(tiny, tmp_path, **changes), workers) == want
+    assert batching.micro_batches(tiny_config(tiny, tmp_path, **changes), workers) == want
 
 
 def test_workers_must_share_the_batch(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="launch.workers of 1, 2, 4"):
-        loop.micro_batches(tiny_config(tiny, tmp_path), 3)
+        batching.micro_batches(tiny_config(tiny, tmp_path), 3)
 
 
 def test_resources_leave_ingest_its_share_or_are_refused(tiny: Path, tmp_path: Path) -> None:

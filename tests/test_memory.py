@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 from torch import nn
 
-from ecocseg import checkpoint, loop, memory
+from ecocseg import batching, checkpoint, loop, memory
 from ecocseg.config import RunConfig, load
 from ecocseg.engine import World
 from ecocseg.errors import InputError
@@ -98,25 +98,25 @@ def test_the_smaller_micro_batches_that_are_offered_are_accepted(recipe: str, ch
     """One after another, until none is left to offer."""
     plain, found = load(recipe, overrides=changes), []
     while len(found) < 9:
-        number = loop.micro_batches(plain, workers)
+        number = batching.micro_batches(plain, workers)
         text = memory.refusal(plain, memory.Estimate(1, 1, 1, 10**11, 2), 10**10, workers, number)
         match = re.search(r"train.micro_batch=(\d+)", text)
         if match is None:
             break
         found.append(int(match[1]))
         plain = plain.updated(train={"micro_batch": found[-1]})
-        assert loop.micro_batches(plain, workers) > number
+        assert batching.micro_batches(plain, workers) > number
     assert found == offered
 
 
 def test_too_few_images_for_a_pooled_head_are_refused_before_the_first_step() -> None:
     plain = load("unimatch_voc_1_16", overrides=["method.kind=fixmatch", "engine.sync_batch_norm=false"])
-    assert loop.micro_batches(plain, 4) == 1
+    assert batching.micro_batches(plain, 4) == 1
     with pytest.raises(InputError, match="model.head: deeplabv3plus normalises .* 8 worker.s. share"):
-        loop.micro_batches(plain, 8)
+        batching.micro_batches(plain, 8)
     with pytest.raises(InputError, match="train.micro_batch: 1 cannot be reached.*leaves model.head=deeplabv3plus two images"):
-        loop.micro_batches(plain.updated(train={"micro_batch": 1}), 4)
-    assert loop.micro_batches(plain.updated(engine={"sync_batch_norm": True}), 8) == 1
+        batching.micro_batches(plain.updated(train={"micro_batch": 1}), 4)
+    assert batching.micro_batches(plain.updated(engine={"sync_batch_norm": True}), 8) == 1
 
 
 def test_a_model_that_cannot_be_estimated_is_said_to_be(tmp_path: Path, tiny: Path) -> None:
@@ -135,18 +135,19 @@ def test_a_model_that_cannot_be_estimated_is_said_to_be(tmp_path: Path, tiny: Pa
 
 def test_a_weight_for_each_share_of_the_batch_is_said() -> None:
     recipe = load("daformer_gta2cityscapes")
-    assert loop.batch_weight_line(recipe, 1) == "" != loop.batch_weight_line(recipe, 2)
-    assert "each 1 image(s) taken at once, not for all 2" in loop.batch_weight_line(recipe, 2)
-    assert loop.batch_weight_line(recipe.updated(method={"weighting": "image"}), 2) == ""
+    assert batching.batch_weight_line(recipe, 1) == "" != batching.batch_weight_line(recipe, 2)
+    assert "each 1 image(s) taken at once, not for all 2" in batching.batch_weight_line(recipe, 2)
+    assert batching.batch_weight_line(recipe.updated(method={"weighting": "image"}), 2) == ""
 
 
 def test_the_learning_rate_follows_the_batch_by_the_rule(tmp_path: Path) -> None:
     recipe = load("daformer_gta2cityscapes")
     assert recipe.optim.lr_batch == recipe.train.labeled_batch == 2 and recipe.lr_factor == 1
-    assert loop.lr_line(recipe) == "learning rate 6e-05"
+    assert batching.lr_line(recipe) == "learning rate 6e-05"
     for rule, factor in (("fixed", 1.0), ("linear", 4.0), ("sqrt", 2.0)):
         changed = load("daformer_gta2cityscapes", overrides=["train.labeled_batch=8", f"optim.lr_rule={rule}"])
-        assert changed.lr_factor == factor and f"{6e-5 * factor:.3g}" in loop.lr_line(changed)
-        assert "6e-05 for 2 labelled images a step, this run 8" in loop.lr_line(changed) and rule in loop.lr_line(changed)
+        said = batching.lr_line(changed)
+        assert changed.lr_factor == factor and f"{6e-5 * factor:.3g}" in said
+        assert "6e-05 for 2 labelled images a step, this run 8" in said and rule in said
     (tmp_path / "again.yaml").write_text(changed.to_yaml())
     assert load(file=str(tmp_path / "again.yaml")).lr_factor == 2  # a run's own configuration keeps the recipe's batch

@@ -404,7 +404,7 @@ def test_labelled_images_alone_can_be_trained_by_the_same_recipe() -> None:
 
 
 def test_unimatch_v2_needs_pairs(tmp_path: Any) -> None:
-    from ecocseg.loop import micro_batches
+    from ecocseg.batching import micro_batches
 
     config = validate(tiny_plain(tmp_path, tmp_path, method__kind="unimatch_v2"))
     assert micro_batches(config, 2) == 1 and micro_batches(config.updated(train={"micro_batch": 2}), 1) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from ecocseg import checkpoint, cli, labelling, launch, loop, runfiles, stpp
+from ecocseg import batching, checkpoint, cli, labelling, launch, loop, runfiles, stpp
 from ecocseg.config import RunConfig, load, validate
 from ecocseg.data.pseudo import OPTION
 from ecocseg.data.shards import Manifest, iter_rows, read_manifest
@@ -154,9 +154,9 @@ def test_teacher_and_students_follow_one_rule_of_the_learning_rate(rule: str, fa
     teacher, student = stpp.teacher_stage(config), stpp.student_stage(config, "round1", "labels")
     assert teacher.train.labeled_batch == 32 and student.train.labeled_batch == 16
     assert teacher.lr_factor == student.lr_factor == pytest.approx(factor)
-    assert "0.001 for 16 labelled images a step, this run 32" in loop.lr_line(teacher)
+    assert "0.001 for 16 labelled images a step, this run 32" in batching.lr_line(teacher)
     as_published = stpp.teacher_stage(load("stpp_voc_1_16", overrides=["run.name=x", f"optim.lr_rule={rule}"]))
-    assert as_published.lr_factor == 1 and loop.lr_line(as_published) == "learning rate 0.001"
+    assert as_published.lr_factor == 1 and batching.lr_line(as_published) == "learning rate 0.001"
 
 
 def test_weights_of_another_kind_are_refused(tiny: Path, tmp_path: Path) -> None:
