@@ -9,18 +9,17 @@ a strip of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ecocseg import bits as bit_words
-from ecocseg import cpu
+from ecocseg import cpu, pseudo_labels
 from ecocseg.kernels import Choice, dispatch, supported
 from ecocseg.losses import EcocWeights, StripLoss, StripTarget, cross_entropy_loss, ecoc_loss, stripwise_loss
-from ecocseg.resize import Scratch, Strips, Upsample, compute_dtype, row_strips, scratch
+from ecocseg.pseudo_labels import Tables
+from ecocseg.resize import Scratch, Upsample, compute_dtype
 from ecocseg.target import IGNORE, Target, true_target
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class Coding:
         size = _size(target.labels)
         upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), size, self.align_corners, logits_BKhw)
         certainty_BHW = torch.empty(target.labels.shape, dtype=upsample.dtype, device=logits_BKhw.device)
-        for image, first, end, logits_KP in _strips(logits_BKhw, upsample):
+        for image, first, end, logits_KP in pseudo_labels.strips(logits_BKhw, upsample):
             certainty_BHW[image, first:end].view(-1).copy_(self._certainty(logits_KP, target, image, first, end))
         return certainty_BHW
 
@@ -171,17 +170,8 @@ class OneHotCoding(Coding):
     def pseudo_label(self, logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None = None) -> Target:
         if self.uses_kernels(logits_BKhw, pixels := _pixels(logits_BKhw, size), self.align_corners):
             return dispatch.one_hot_pseudo_label(logits_BKhw, pixels, self.align_corners)
-        if self.uses_compiled(logits_BKhw, pixels):
-            return cpu.one_hot_pseudo_label(logits_BKhw, pixels, self.align_corners)
-        target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
-        assert target.confidence is not None
-        buffers = scratch(upsample.dtype, upsample.device)
-        for image, first, end, logits_KP in _strips(logits_BKhw, upsample):
-            best_P, label_P = bit_words.first_argmax(logits_KP)
-            exp_KP = torch.sub(logits_KP, best_P, out=buffers("exp", *logits_KP.shape)).exp_()
-            target.labels[image, first:end].view(-1).copy_(label_P)
-            target.confidence[image, first:end].view(-1).copy_(exp_KP.sum(0).reciprocal_())
-        return target
+        compute = cpu.one_hot_pseudo_label if self.uses_compiled(logits_BKhw, pixels) else pseudo_labels.one_hot_pseudo_label
+        return compute(logits_BKhw, pixels, self.align_corners)
 
     def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
              normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
@@ -242,17 +232,17 @@ class EcocCoding(Coding):
         self.loss_weights = EcocWeights(bce_weight, distance_weight, contrast_weight, temperature, contrast_negatives)
         self.align_corners, self.kernels = align_corners, kernels
         self._codes_NK = torch.tensor(codebook.matrix, dtype=torch.bool)
-        self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], Tables] = {}
         self._tables_of_kernels: dict[torch.device, dispatch.Tables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}, "_tables_of_kernels": {}}  # tables belong to a device of this process
 
-    def _on(self, device: torch.device, dtype: torch.dtype) -> _Tables:
+    def _on(self, device: torch.device, dtype: torch.dtype) -> Tables:
         key = (device, dtype)
         if key not in self._tables:
             codes_NK = self._codes_NK.to(device)
-            self._tables[key] = _Tables(codes_NK.to(dtype) * 2 - 1, (~codes_NK).to(dtype).sum(1)[:, None],
+            self._tables[key] = Tables(codes_NK.to(dtype) * 2 - 1, (~codes_NK).to(dtype).sum(1)[:, None],
                                         bit_words.pack(codes_NK.t()))
         return self._tables[key]
 
@@ -293,81 +283,10 @@ class EcocCoding(Coding):
             return dispatch.ecoc_pseudo_label(
                 logits_BKhw, pixels, self._kernel_tables(logits_BKhw.device), reliability=self.reliability,
                 max_candidates=self.max_candidates, label_form=self.label_form, align_corners=self.align_corners)
-        if self.uses_compiled(logits_BKhw, pixels):
-            tables = self._on(logits_BKhw.device, torch.float32)
-            limit = min(self.max_candidates or self.num_classes, self.num_classes)
-            return cpu.ecoc_pseudo_label(
-                logits_BKhw, pixels, tables.signs_NK, tables.zeros_N1, tables.words_XN, reliability=self.reliability,
-                limit=limit, label_form=self.label_form, align_corners=self.align_corners)
-        target, upsample = _empty_pseudo(logits_BKhw, size, self.align_corners)
-        device = logits_BKhw.device
-        shape = (len(logits_BKhw), bit_words.num_words(self.num_outputs), *upsample.size)
-        target.bits = torch.empty(shape, dtype=torch.int64, device=device)
-        target.reliable = torch.empty_like(target.weight)
-        counts_2 = torch.zeros(2, dtype=torch.int64, device=device)
-        buffers = scratch(upsample.dtype, device)
-        doubts: list[_Doubt] = []
-        for image, first, end, logits_KP in _strips(logits_BKhw, upsample):
-            doubts.append(self._guess(logits_KP, _Strip(target, image, slice(first, end)), buffers))
-            if end == upsample.size[0] or sum(len(doubt.pixel_U) for doubt in doubts) >= logits_KP.shape[1]:
-                counts_2 += self._settle(doubts)
-                doubts = []
-        corrected, differing = counts_2 / (target.labels.numel() * self.num_outputs)
-        target.metrics = {"reliable_bits": target.reliable.mean(), "corrected_bits": corrected, "differing_bits": differing}
-        return target
-
-    def _guess(self, logits_KP: Tensor, strip: _Strip, buffers: Scratch) -> _Doubt:
-        """Pseudo-labels of a strip as if its pixels were sure. Returns those that are not.
-
-        Where the nearest codeword is nearer than 1/2, each bit is nearer than that: every sign agrees with it, and the
-        confidence is 1 - distance / K. Of such a pixel, if it is settled, there is no more to find out.
-        """
-        tables = self._on(logits_KP.device, logits_KP.dtype)
-        p_KP = torch.sigmoid(logits_KP, out=buffers("probabilities", *logits_KP.shape))
-        scores_NP = torch.addmm(tables.zeros_N1, tables.signs_NK, p_KP, out=buffers("scores", self.num_classes, p_KP.shape[1]))
-        best_P, labels_P = bit_words.first_argmax(scores_NP)
-        distance_P = self.num_outputs - best_P
-        confidence_P = 1 - distance_P / self.num_outputs
-        easy_P = distance_P < 0.5
-        if self.label_form == "hybrid":
-            easy_P &= confidence_P > self.reliability
-        strip.fill(labels=labels_P, confidence=confidence_P, bits=tables.words_XN.index_select(1, labels_P),
-                   reliable=torch.full_like(best_P, self.label_form != "bit"))
-        pixel_U = easy_P.logical_not_().nonzero().squeeze(1)
-        return _Doubt(strip, pixel_U, p_KP.index_select(1, pixel_U), scores_NP.index_select(1, pixel_U), labels_P[pixel_U])
-
-    def _settle(self, doubts: list[_Doubt]) -> Tensor:
-        """Confidence and bits of pixels that are not sure, those of several strips together: mining is many small steps.
-        Returns the numbers of bits [2] that were corrected, and that differed from the codeword's (the paper's Fig. 4a)."""
-        num_bits = self.num_outputs
-        labels_U = torch.cat([doubt.labels_U for doubt in doubts])
-        half_KU = torch.cat([doubt.p_KU for doubt in doubts], 1).sub_(0.5)
-        scores_NU = torch.cat([doubt.scores_NU for doubt in doubts], 1)
-        tables = self._on(half_KU.device, half_KU.dtype)
-        bitwise_XU = bit_words.pack(torch.ge(half_KU, 0, out=torch.empty_like(half_KU)))
-        q_KU = half_KU.abs_().add_(0.5)  # max(p, 1 - p)
-        confidence_U = q_KU.sum(0) / num_bits
-        mask_XU = self._reliable_words(q_KU, scores_NU, labels_U, confidence_U, tables)
-        differ_XU = tables.words_XN.index_select(1, labels_U) ^ bitwise_XU
-        changed_XU = differ_XU & mask_XU
-        reliable_U = bit_words.popcount(mask_XU).sum(0).to(q_KU.dtype) / num_bits
-        words_XU = bitwise_XU ^ changed_XU
-        done = 0
-        for doubt in doubts:
-            part = slice(done, done + len(doubt.pixel_U))
-            doubt.strip.correct(doubt.pixel_U, confidence=confidence_U[part], reliable=reliable_U[part], bits=words_XU[:, part])
-            done = part.stop
-        return torch.stack([bit_words.popcount(ones_XU).sum() for ones_XU in (changed_XU, differ_XU)])
-
-    def _reliable_words(self, q_KP: Tensor, scores_NP: Tensor, labels_P: Tensor, confidence_P: Tensor,
-                        tables: _Tables) -> Tensor:
-        """Bits taken from the codeword, packed. Overwrites `q_KP`. Shape: [X, P]."""
-        if self.label_form == "hybrid":
-            settled_P = confidence_P > self.reliability
-            return bit_words.reliable_words(q_KP.sub_(self.reliability), scores_NP, labels_P, settled_P, tables.words_XN,
-                                            self.max_candidates)
-        ones_X1 = bit_words.all_ones(self.num_outputs, q_KP.device)
-        return (ones_X1 if self.label_form == "code" else torch.zeros_like(ones_X1)).expand(-1, q_KP.shape[1])
+        compute = cpu.ecoc_pseudo_label if self.uses_compiled(logits_BKhw, pixels) else pseudo_labels.ecoc_pseudo_label
+        limit = min(self.max_candidates or self.num_classes, self.num_classes)
+        return compute(logits_BKhw, pixels, self._on(logits_BKhw.device, compute_dtype(logits_BKhw)),
+                       reliability=self.reliability, limit=limit, label_form=self.label_form, align_corners=self.align_corners)
 
     def loss(self, logits_BKhw: Tensor, target: Target, *, average: Literal["all", "valid"] = "all",
              normalizer: float | Tensor | None = None) -> dict[str, Tensor]:
@@ -423,48 +342,6 @@ class EcocCoding(Coding):
                 f"loss {w.bce:g} bce + {w.distance:g} distance + {w.contrast:g} contrast (tau {w.temperature:g})")
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """The codebook on a device."""
-
-    signs_NK: Tensor
-    zeros_N1: Tensor
-    """Number of zero bits of each codeword."""
-    words_XN: Tensor
-
-
-@dataclass(frozen=True)
-class _Strip:
-    """Rows of one image of a pseudo-label, to be filled in."""
-
-    target: Target
-    image: int
-    rows: slice
-
-    def flat(self, name: str) -> Tensor:
-        """A field's pixels in a row, in place: [P], of bits [X, P]."""
-        return getattr(self.target, name)[self.image, ..., self.rows, :].flatten(-2)
-
-    def fill(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.flat(name).copy_(value)
-
-    def correct(self, pixel_U: Tensor, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.flat(name)[..., pixel_U] = value
-
-
-@dataclass(frozen=True)
-class _Doubt:
-    """Pixels of a strip that are not sure: their places, probabilities, scores and classes."""
-
-    strip: _Strip
-    pixel_U: Tensor
-    p_KU: Tensor
-    scores_NU: Tensor
-    labels_U: Tensor
-
-
 def _size(labels_BHW: Tensor) -> tuple[int, int]:
     return labels_BHW.shape[1], labels_BHW.shape[2]
 
@@ -473,26 +350,3 @@ def _pixels(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None) -> t
     """Height and width of the labels of these logits."""
     height, width = logits_BKhw.shape[-2:] if size is None else size
     return height, width
-
-
-def _strips(logits_BKhw: Tensor, upsample: Upsample) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Image, first row, end row, and these rows of the upsampled logits [K, P], strip by strip."""
-    strips = Strips(upsample, scratch(upsample.dtype, upsample.device))
-    for image, logits_Khw in enumerate(logits_BKhw):
-        strips.begin(logits_Khw)
-        for first, end in row_strips(*upsample.size, upsample.device):
-            with torch.autocast(upsample.device.type, enabled=False):
-                yield image, first, end, strips.values(first, end)
-
-
-def _empty_pseudo(logits_BKhw: Tensor, size: tuple[int, int] | torch.Size | None,
-                  align_corners: bool) -> tuple[Target, Upsample]:
-    """A pseudo-label target to be filled in, and the resizing to its size."""
-    height, width = _pixels(logits_BKhw, size)
-    upsample = Upsample((logits_BKhw.shape[-2], logits_BKhw.shape[-1]), (height, width), align_corners, logits_BKhw)
-    shape, device = (len(logits_BKhw), height, width), logits_BKhw.device
-    target = Target(labels=torch.empty(shape, dtype=torch.int64, device=device),
-                    weight=torch.ones(shape, dtype=upsample.dtype, device=device),
-                    confidence=torch.empty(shape, dtype=upsample.dtype, device=device),
-                    is_true=torch.zeros(shape, dtype=torch.bool, device=device))
-    return target, upsample

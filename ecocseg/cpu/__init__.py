@@ -33,6 +33,7 @@ from ecocseg.target import Target
 
 if TYPE_CHECKING:
     from ecocseg.losses import EcocWeights
+    from ecocseg.pseudo_labels import Tables
 
 SOURCE = Path(__file__).with_name("coding.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast", "-fPIC",
@@ -238,25 +239,23 @@ def one_hot_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], align_corne
     return target
 
 
-def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], signs_NK: Tensor, zeros_N1: Tensor, words_XN: Tensor, *,
-                      reliability: float, limit: int, label_form: str, align_corners: bool) -> Target:
-    """`EcocCoding.pseudo_label`: the nearest codeword's class, bits mined among at most `limit` candidates, mean confidence.
-
-    Shapes: signs float32 [N, K], zero bits of the codewords float32 [N, 1], codewords int64 [X, N], X words.
-    """
+def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], tables: Tables, *, reliability: float, limit: int,
+                      label_form: str, align_corners: bool) -> Target:
+    """`EcocCoding.pseudo_label`: the nearest codeword's class, bits mined among at most `limit` candidates, mean confidence."""
     maps_BKhw = logits_BKhw.detach().float().contiguous()
-    (num_words, num_classes), num_bits = words_XN.shape, maps_BKhw.shape[1]
+    (num_words, num_classes), num_bits = tables.words_XN.shape, maps_BKhw.shape[1]
     source = (maps_BKhw.shape[-2], maps_BKhw.shape[-1])
     target, (grid, _) = _empty_target(logits_BKhw, size, num_words), _grid(source, size, align_corners)
     reliable_BHW = target.reliable = torch.empty_like(target.weight)
     blocks = list(_blocks(size[0], source[0], len(maps_BKhw)))
     counts = torch.zeros(len(blocks), 2, dtype=torch.int64)
+    codewords = [ctypes.c_void_p(t.data_ptr()) for t in (tables.signs_NK, tables.zeros_N1, tables.words_XN)]
 
     def task(place: int, image: int, first: int, end: int) -> None:
         assert target.confidence is not None and target.bits is not None
         library().ecoc_pseudo_label(
             ctypes.byref(grid), ctypes.c_void_p(maps_BKhw[image].data_ptr()), ctypes.c_int64(num_bits),
-            ctypes.c_int64(num_classes), *(ctypes.c_void_p(t.data_ptr()) for t in (signs_NK, zeros_N1, words_XN)),
+            ctypes.c_int64(num_classes), *codewords,
             ctypes.c_float(reliability), ctypes.c_int64(limit), ctypes.c_int64(_FORMS.index(label_form)),
             ctypes.c_int64(first), ctypes.c_int64(end),
             *(ctypes.c_void_p(t[image].data_ptr()) for t in (target.labels, target.confidence, reliable_BHW, target.bits)),

@@ -1,4 +1,4 @@
-"""Triton kernels for the coding maths on GPUs, behind the Coding interface; losses.py, bits.py and coding.py are the fallback
+"""Triton kernels for the coding maths on GPUs, behind the Coding interface; losses.py, pseudo_labels.py and bits.py are the fallback
 and the reference.
 
     geometry.py    label pixels over cells: tiles and their windows
