@@ -1,5 +1,5 @@
-"""Triton kernels for the coding maths on GPUs, behind the Coding interface; losses.py, pseudo_labels.py and bits.py are the fallback
-and the reference.
+"""Triton kernels for the coding maths on GPUs, behind the Coding interface; losses.py, pseudo_labels.py and bits.py are the
+fallback and the reference.
 
     geometry.py    label pixels over cells: tiles and their windows
     tile.py        what kernels share: upsampling as a product of matrices, class scores, packed bits
