@@ -15,7 +15,7 @@ from ecocseg import batching, checkpoint, expect, launch, memory, preflight, stp
 from ecocseg.config import RECIPES, RunConfig, help_text, load, recipe_names, with_values
 from ecocseg.data.classes import CLASS_LISTS, ClassList
 from ecocseg.errors import InputError
-from ecocseg.evaluate import EvalResult, table
+from ecocseg.metrics import EvalResult, table
 from ecocseg.report import Run, final_scores, scores_table
 from ecocseg.smoke import smoke
 from ecocseg.storage import is_remote, join

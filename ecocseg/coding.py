@@ -18,8 +18,9 @@ from ecocseg import bits as bit_words
 from ecocseg import cpu, pseudo_labels
 from ecocseg.kernels import Choice, dispatch, supported
 from ecocseg.losses import EcocWeights, StripLoss, StripTarget, cross_entropy_loss, ecoc_loss, stripwise_loss
+from ecocseg.metrics import calibration_counts, check_ids, confusion
 from ecocseg.pseudo_labels import Tables
-from ecocseg.resize import Scratch, Upsample, compute_dtype
+from ecocseg.resize import Scratch, Upsample, bilinear, compute_dtype
 from ecocseg.target import IGNORE, Target, true_target
 
 if TYPE_CHECKING:
@@ -136,9 +137,22 @@ class Coding:
         """Compiled functions compute this case, on a CPU."""
         return self.kernels == "auto" and cpu.supported(logits_BKhw, size, self.align_corners)
 
+    @torch.no_grad()
     def counts(self, logits_BKhw: Tensor, labels_BHW: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-        """Evaluation by a kernel: confusion int64 [N, N] and calibration int64 [15, 3], see evaluate.py."""
-        return dispatch.counts(logits_BKhw, labels_BHW, self._kernel_tables(logits_BKhw.device), align_corners)
+        """Evaluation of logits, upsampled to the labels' size first: confusion int64 [N, N] and calibration int64 [15, 3],
+        see metrics.py. InputError for a label that is no class."""
+        size = _size(labels_BHW)
+        check_ids(labels_BHW, self.num_classes)
+        if self.uses_kernels(logits_BKhw, size, align_corners):
+            return dispatch.counts(logits_BKhw, labels_BHW, self._kernel_tables(logits_BKhw.device), align_corners)
+        if self.kernels == "auto" and cpu.supported(logits_BKhw, size, align_corners):
+            return cpu.counts(logits_BKhw, labels_BHW, self._cpu_tables(), align_corners)
+        logits_BKHW = bilinear(logits_BKhw, size, align_corners)
+        return (confusion(self.scores(logits_BKHW).argmax(1), labels_BHW, self.num_classes),
+                calibration_counts(self.probabilities(logits_BKHW), labels_BHW, self))
+
+    def _cpu_tables(self) -> Tables | None:
+        return None
 
     def _kernel_tables(self, device: torch.device) -> dispatch.Tables | None:
         return None
@@ -245,6 +259,9 @@ class EcocCoding(Coding):
             self._tables[key] = Tables(codes_NK.to(dtype) * 2 - 1, (~codes_NK).to(dtype).sum(1)[:, None],
                                         bit_words.pack(codes_NK.t()))
         return self._tables[key]
+
+    def _cpu_tables(self) -> Tables:
+        return self._on(torch.device("cpu"), torch.float32)
 
     def _kernel_tables(self, device: torch.device) -> dispatch.Tables:
         if device not in self._tables_of_kernels:

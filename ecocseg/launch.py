@@ -24,7 +24,7 @@ from ecocseg.owner import owned
 from ecocseg.preflight import preflight
 from ecocseg.resources import Resources, ingest_cpus, plan_on_nodes, plan_resources
 from ecocseg.storage import Storage, is_remote, join
-from ecocseg.watch import RunFailed, RunStopped, make_board, watch
+from ecocseg.watch import RunFailed, RunStopped, Vigil, make_board, watch
 
 __all__ = ["Resources", "RunFailed", "RunResult", "RunStopped", "choose_run", "cluster_nodes", "cluster_size", "plan_on_nodes",
            "plan_resources", "preflight", "start_ray", "train", "with_absolute_paths"]
@@ -171,8 +171,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model={"pretrained": pretrained}, run={"directory": absolute(config.run.directory)})
 
 
-
-
 def train(config: RunConfig, resume: str | None = None, display: Any = None,
           stop: threading.Event | None = None) -> RunResult:
     """Run a configuration to its end with Ray Train; once `stop` is set, it saves and ends as after Ctrl-C.
@@ -216,12 +214,20 @@ def run_workers(config: RunConfig, run_url: str, resources: Resources, display: 
         display.restart(config.run.name or config.recipe)
         display.update({"kind": "message", "text": f"{config.recipe}: {resources.describe()}; run folder {run_url}"})
     try:
-        return watch(trainer.fit, board, display, stop)
+        return watch(trainer.fit, board, display, stop, Vigil(board, lambda: lacking(resources)))
     except RunFailed as failure:
         failure.run_url = run_url
         raise
     except InputError as error:
         raise InputError(f"{error} (run folder {run_url})") from None
+
+
+def lacking(resources: Resources) -> str:
+    """What a run without workers waits for, beside what the cluster has."""
+    each = f"{resources.cpus_per_worker:g} CPU{' and 1 GPU' if resources.gpu else ''}"
+    there = ", ".join(f"{cpus:g} CPUs{f' and {gpus} GPUs' if gpus else ''}" for cpus, gpus in cluster_nodes()) or "none"
+    return (f"{min(resources.possible)} worker(s) with {each} each wait for free room; the cluster's nodes: {there}. "
+            "The run goes on by itself as soon as there is room")
 
 
 def check_shared(config: RunConfig, run_url: str) -> None:

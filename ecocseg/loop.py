@@ -24,9 +24,10 @@ from ecocseg.data.pipeline import Batch, Stream, damage_error
 from ecocseg.data.shards import iter_rows
 from ecocseg.engine import World, build_engine, schedule
 from ecocseg.errors import InputError, Restart
-from ecocseg.evaluate import EvalResult, Normalize, evaluate, samples_of_rows
+from ecocseg.evaluate import Normalize, evaluate, samples_of_rows
 from ecocseg.methods import METHODS, StepInput
 from ecocseg.methods.base import random_generator
+from ecocseg.metrics import EvalResult
 from ecocseg.models.segmenter import parameter_groups
 from ecocseg.panels import training_picture
 from ecocseg.profile import DATA, EMA, OPTIMIZER, STEP, StepProfile, within

@@ -51,6 +51,13 @@ def _axis_weights(source: int, size: int, align_corners: bool) -> tuple[Tensor, 
     return weights, first.tolist(), end.tolist()
 
 
+def bilinear(map_BKhw: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Maps at this height and width, all at once. Shape: [B, K, H, W]."""
+    if map_BKhw.shape[-2:] == size:
+        return map_BKhw
+    return F.interpolate(map_BKhw, size=size, mode="bilinear", align_corners=align_corners)
+
+
 class Scratch:
     """Buffers by name, each used again by every strip that asks for it."""
 

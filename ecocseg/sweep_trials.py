@@ -27,7 +27,7 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 from ecocseg import checkpoint, launch
 from ecocseg.config import RunConfig, with_values
 from ecocseg.errors import InputError
-from ecocseg.evaluate import EvalResult
+from ecocseg.metrics import EvalResult
 from ecocseg.storage import Storage, join
 from ecocseg.sweep import Domain, Plan, Sweep, points, trial_base
 from ecocseg.sweep_page import write_results

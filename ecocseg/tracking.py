@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ecocseg.evaluate import EvalResult
+    from ecocseg.metrics import EvalResult
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -274,7 +274,7 @@ class ProgressDisplay:
         self._print(text)
 
     def print_table(self, text: str, title: str = "") -> None:
-        """Print a ready-made text table (`evaluate.table`) that stays."""
+        """Print a ready-made text table (`metrics.table`) that stays."""
         self._print(f"\n{title}\n{text}\n" if title else f"\n{text}\n")
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ class Board:
         self.failure: dict[str, str] | None = None
         self.nodes: dict[int, str] = {}
         self.errors: list[dict[str, Any]] = []
+        self.idle_since = time.monotonic()
 
     def post(self, message: dict[str, Any]) -> str:
         """Take a message; the answer to "progress", and to "poll", which says nothing, is what workers are asked to do (see
@@ -64,6 +66,10 @@ class Board:
         """Whether nothing more can be saved: the workers are done with, or there are none."""
         return self.failure is not None or not self.nodes
 
+    def idle(self) -> float:
+        """Seconds since there were workers; 0 while there are."""
+        return 0.0 if self.nodes else time.monotonic() - self.idle_since
+
     def begin(self, rank: int, node: str) -> dict[str, str] | None:
         """A worker begins, on a node; the answer is why it need not."""
         self.nodes[rank] = node
@@ -77,7 +83,7 @@ class Board:
         """What was told since the last restart: nodes by rank, errors in order, the newest step, a failure for good. What was
         asked of those workers is not asked of the next."""
         self.ask("")
-        nodes, self.nodes = self.nodes, {}
+        nodes, self.nodes, self.idle_since = self.nodes, {}, time.monotonic()
         errors, self.errors = self.errors, []
         return {"nodes": nodes, "errors": errors, "step": self.step, "failure": self.failure}
 
@@ -91,7 +97,33 @@ def make_board() -> Any:
     return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 
 
-def watch(fit: Callable[[], Any], board: Any, display: Any, stop: threading.Event | None = None) -> dict[str, Any]:
+class Vigil:
+    """Says that no worker has its place, after 30 seconds without any and then every 10 minutes: who waits for a node that
+    never comes should know what for."""
+
+    FIRST, AGAIN, LOOK = 30.0, 600.0, 5.0
+
+    def __init__(self, board: Any, lacking: Callable[[], str]) -> None:
+        self.board, self.lacking = board, lacking
+        self.looked = self.told = -math.inf
+
+    def look(self) -> str | None:
+        """What to tell now, if anything."""
+        import ray
+
+        now = time.monotonic()
+        if now < self.looked + self.LOOK:
+            return None
+        self.looked, idle = now, ray.get(self.board.idle.remote())
+        told_of_it = self.told > now - idle
+        if idle < self.FIRST or (told_of_it and now < self.told + self.AGAIN):
+            return None
+        self.told = now
+        return f"no worker is training for {idle:.0f} s: {self.lacking()}"
+
+
+def watch(fit: Callable[[], Any], board: Any, display: Any, stop: threading.Event | None = None,
+          vigil: Vigil | None = None) -> dict[str, Any]:
     """Run `fit` beside this thread, show what arrives, pass Ctrl-C, SIGTERM and `stop` on as a request to save and stop.
 
     After a signal it returns as soon as the workers have saved: who stops a job gives it seconds.
@@ -123,6 +155,8 @@ def watch(fit: Callable[[], Any], board: Any, display: Any, stop: threading.Even
                     final = message
                 if display is not None:
                     display.update(message)
+            if display is not None and vigil is not None and (text := vigil.look()) is not None:
+                display.update({"kind": "message", "text": text})
             if not alive or (signalled and ray.get(board.over.remote())):
                 break
             if stop is not None and stop.is_set() and not asked:

@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from ecocseg import inference
     from ecocseg.data.shards import iter_rows, read_manifest
-    from ecocseg.evaluate import evaluate, samples_of_rows, table
+    from ecocseg.evaluate import evaluate, samples_of_rows
+    from ecocseg.metrics import table
     from ecocseg.storage_options import storage_of
     from ecocseg.volumes import volume_names
 

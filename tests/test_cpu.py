@@ -101,6 +101,29 @@ def test_equal_to_torch_in_float64(num_classes: int, num_bits: int | None, sourc
         torch.testing.assert_close(fast.loss(logits, target, average="valid")["loss"], terms["loss"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("num_classes", "num_bits", "source", "size", "align_corners"), SHAPES)
+def test_counts_are_those_of_torch_in_float64(num_classes: int, num_bits: int | None, source: tuple[int, int],
+                                              size: tuple[int, int], align_corners: bool) -> None:
+    fast, slow = made(num_classes, num_bits), made(num_classes, num_bits, kernels="torch")
+    logits = cells(fast, source)
+    labels = target_of(fast, logits, size).labels
+    found, bins = fast.counts(logits, labels, align_corners)
+    expected, right_bins = slow.counts(logits.double(), labels, align_corners)
+    assert found.dtype == bins.dtype == torch.int64 and found.sum() == expected.sum() == (labels != 255).sum()
+    values = int(expected.sum()) * (num_bits or 1)
+    assert bins[:, 0].sum() == values and (found - expected).abs().sum() <= 2 + 0.002 * values
+    assert (bins - right_bins)[:, :2].abs().sum() <= 4 + 0.002 * values  # rounding moves a value to the next bin
+    assert abs(bins[:, 2].sum() - right_bins[:, 2].sum()) <= 4 + 0.002 * values
+
+
+def test_counting_makes_no_full_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    coding = made(19, 40)
+    logits = cells(coding, (8, 8))
+    monkeypatch.setattr("ecocseg.coding.bilinear", None)
+    matrix, bins = coding.counts(logits, torch.zeros(2, 32, 32, dtype=torch.int64), False)
+    assert matrix.sum() == 2 * 32 * 32 and bins[:, 0].sum() == 2 * 32 * 32 * 40
+
+
 @pytest.mark.parametrize("strength", [0.0, 100.0])
 @pytest.mark.parametrize("num_bits", [40, None])
 def test_logits_of_zero_and_of_hundreds(num_bits: int | None, strength: float) -> None:

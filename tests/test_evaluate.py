@@ -20,7 +20,8 @@ from ecocseg.coding import EcocCoding, OneHotCoding
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.data.shards import Record, read_manifest, write_shards
 from ecocseg.errors import InputError, run_main
-from ecocseg.evaluate import EvalResult, EvalSpec, Normalize, calibration_counts, confusion, predict, predict_scores
+from ecocseg.evaluate import EvalSpec, Normalize, predict, predict_scores
+from ecocseg.metrics import EvalResult, calibration_counts, confusion, table
 from ecocseg.volumes import volume_names
 
 N, K = 5, 12
@@ -308,7 +309,7 @@ def test_dice_of_volumes_by_sets_of_pixels():
     assert result.score != result.miou
     back = EvalResult.from_dict(json.loads(json.dumps(result.to_dict())))
     assert (back.score, back.miou) == (result.score, result.miou)
-    lines = evaluate.table({"m": result}, [*"vwxyz"]).splitlines()
+    lines = table({"m": result}, [*"vwxyz"]).splitlines()
     assert lines[0].split() == ["Dice,", "%", "m"] and f"mean 3-D Dice{100 * result.score:14.1f}" in lines
 
 
@@ -360,7 +361,7 @@ def test_result_survives_json_and_the_table_shows_the_change():
     assert torch.equal(back.confusion, results["before"].confusion)
     assert (back.miou, back.ece, back.scored_classes) == (results["before"].miou, results["before"].ece, (0, 1, 2))
     names = ["road", "sidewalk", "sky", "traffic light", "person"]
-    lines = evaluate.table(results, names).splitlines()
+    lines = table(results, names).splitlines()
     assert lines[0].split() == ["IoU,", "%", "before", "after", "change"]
     assert any(line.startswith("(traffic light)") for line in lines)
     miou = next(line.split() for line in lines if line.startswith("mIoU"))
@@ -369,7 +370,7 @@ def test_result_survives_json_and_the_table_shows_the_change():
     assert len({len(line) for line in lines}) == 1
     absent = EvalResult(torch.diag(torch.tensor([3, 0])), torch.zeros(15, 3, dtype=torch.int64))
     json.dumps(absent.to_dict(), allow_nan=False)
-    assert evaluate.table({"x": absent}, ["a", "b"]).splitlines()[3].split() == ["b", "-"]
+    assert table({"x": absent}, ["a", "b"]).splitlines()[3].split() == ["b", "-"]
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,7 @@ def test_evaluate_command_gives_the_numbers_of_evaluate(tmp_path, checkpoint, ca
     report = json.loads(written.read_text())
     assert report["results"]["student"] == expected["student"].to_dict()
     assert (report["step"], report["images"], list(report["results"])) == (7, 3, ["student"])
-    assert evaluate.table(expected, NAMES) in capsys.readouterr().out
+    assert table(expected, NAMES) in capsys.readouterr().out
     checkpoint.class_list = ClassList("other", (*NAMES[:-1], "rider"), COLOURS)
     assert run_main(lambda: evaluate_job.main(["run", "--data", data, *flags])) == 2
     assert "classes of 'toy' (5)" in capsys.readouterr().err

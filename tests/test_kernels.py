@@ -26,8 +26,9 @@ from ecocseg import kernels
 from ecocseg.codebook import Codebook, max_min
 from ecocseg.coding import Coding, EcocCoding, OneHotCoding, Target
 from ecocseg.errors import InputError
-from ecocseg.evaluate import EvalSpec, Normalize, calibration_counts, confusion, evaluate
+from ecocseg.evaluate import EvalSpec, Normalize, evaluate
 from ecocseg.kernels.costs import PEAKS, costs, peak_of
+from ecocseg.metrics import calibration_counts, confusion
 from ecocseg.resources import plan_resources
 
 INTERPRETED = kernels.interpreted()

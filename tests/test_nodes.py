@@ -188,6 +188,7 @@ def test_a_node_that_is_killed_is_replaced_and_the_curve_goes_on_bit_for_bit(
     job.wait_for(r"step (9|1\d)/24")
     killed = time.monotonic()
     second.kill()
+    job.wait_for(r"no worker is training for .* 2 worker\(s\) with 1.5 CPU each wait .* nodes: .*2 CPUs", killed)
     place.need(2)
     seconds, reached, begun = lost_steps(job, killed)
     output = job.finish()

@@ -21,7 +21,7 @@ from ecocseg import cluster, launch, loop, restarts
 from ecocseg.engine import World
 from ecocseg.errors import InputError, Restart
 from ecocseg.resources import Resources, elastic_sizes, fits, plan_on_nodes
-from ecocseg.watch import Board
+from ecocseg.watch import Board, Vigil
 
 
 class Remote:
@@ -236,3 +236,30 @@ def test_who_stops_a_run_waits_for_workers_alone() -> None:
     board.ask("restart")
     assert board.attempt()["nodes"] == {0: "a"} and board.over()  # begun again, and not there yet
     assert board.post({"kind": "progress", "step": 3}) == ""  # asked of the ones before
+
+
+def test_who_waits_for_a_node_is_told_what_for(board: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("ecocseg.watch.time.monotonic", lambda: now[0])
+    board.board = Board()
+    vigil = Vigil(board, lambda: "2 worker(s) wait")
+
+    def told(seconds: int) -> list[float]:
+        found = []
+        for _ in range(seconds):
+            now[0] += 1
+            text = vigil.look()
+            assert text in (None, f"no worker is training for {board.board.idle():.0f} s: 2 worker(s) wait")
+            found += [now[0]] * (text is not None)
+        return found
+
+    first, *again = told(1300)
+    assert 1030 <= first <= 1036 and len(again) == 2 and again[0] >= first + 600
+    board.board.begin(0, "a")
+    assert not told(100)
+    board.board.attempt()  # lost, and soon there again
+    assert not told(25)
+    board.board.begin(0, "a")
+    assert not told(100)
+    board.board.attempt()
+    assert len(told(50)) == 1

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ecocseg.metrics import NUM_BINS, confusion
 from ecocseg.target import Target
 
 if TYPE_CHECKING:
@@ -239,6 +240,28 @@ def one_hot_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], align_corne
     return target
 
 
+def counts(logits_BKhw: Tensor, labels_BHW: Tensor, tables: Tables | None, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """`Coding.counts`: confusion [N, N] and calibration [15, 3] of logits still to be upsampled; no tables: one-hot."""
+    maps_BKhw, labels_BHW = logits_BKhw.detach().float().contiguous(), labels_BHW.long().contiguous()
+    num_bits, *source = maps_BKhw.shape[1:]
+    grid, _ = _grid((source[0], source[1]), (labels_BHW.shape[1], labels_BHW.shape[2]), align_corners)
+    classes_BHW, blocks = torch.empty_like(labels_BHW), list(_blocks(labels_BHW.shape[1], source[0], len(maps_BKhw)))
+    bins = torch.zeros(len(blocks), NUM_BINS, 3, dtype=torch.int64)
+
+    def task(place: int, image: int, first: int, end: int) -> None:
+        maps, labels, classes = (ctypes.c_void_p(t[image].data_ptr()) for t in (maps_BKhw, labels_BHW, classes_BHW))
+        where = labels, ctypes.c_int64(first), ctypes.c_int64(end), classes, ctypes.c_void_p(bins[place].data_ptr())
+        if tables is None:
+            library().one_hot_count(ctypes.byref(grid), maps, ctypes.c_int64(num_bits), *where)
+        else:
+            codes = (ctypes.c_void_p(t.data_ptr()) for t in (tables.signs_NK, tables.words_XN))
+            num_classes = ctypes.c_int64(len(tables.signs_NK))
+            library().ecoc_count(ctypes.byref(grid), maps, ctypes.c_int64(num_bits), num_classes, *codes, *where)
+
+    _run(((place, image, first, end) for place, (image, _, first, end) in enumerate(blocks)), task)
+    return confusion(classes_BHW, labels_BHW, num_bits if tables is None else len(tables.signs_NK)), bins.sum(0)
+
+
 def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], tables: Tables, *, reliability: float, limit: int,
                       label_form: str, align_corners: bool) -> Target:
     """`EcocCoding.pseudo_label`: the nearest codeword's class, bits mined among at most `limit` candidates, mean confidence."""
@@ -249,7 +272,7 @@ def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], tables: Tables
     reliable_BHW = target.reliable = torch.empty_like(target.weight)
     blocks = list(_blocks(size[0], source[0], len(maps_BKhw)))
     counts = torch.zeros(len(blocks), 2, dtype=torch.int64)
-    codewords = [ctypes.c_void_p(t.data_ptr()) for t in (tables.signs_NK, tables.zeros_N1, tables.words_XN)]
+    codewords = [ctypes.c_void_p(t.data_ptr()) for t in (tables.signs_NK, tables.words_XN)]
 
     def task(place: int, image: int, first: int, end: int) -> None:
         assert target.confidence is not None and target.bits is not None

@@ -20,35 +20,45 @@ constexpr int IGNORE = 255;
 constexpr int FACTORS = 64;          // numbers in [1/2, 1] whose product is far from the least float
 constexpr float COSINE_EPS = 1e-3f;  // as losses.COSINE_EPS
 constexpr float SAFE_EXPONENT = 60.f;
+constexpr int NUM_BINS = 15, CONFIDENCE_UNIT = NUM_BINS * 1024;  // as in metrics.py
 
-inline float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
-inline uint32_t float_to_bits(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
+constexpr int LANES = 8;              // pixels of a vector
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+constexpr uint32_t SIGN = 0x80000000u;
 
-// exp and log by range reduction and Cephes' polynomials (S. Moshier), 1e-7 relative; plain code, which compilers vectorise.
-inline float fast_exp(float x) {  // of numbers up to 88
-    x = -87.f > x ? -87.f : x;  // NaN stays NaN
+inline Floats load(const float *from) { Floats x; std::memcpy(&x, from, sizeof(x)); return x; }
+inline Ints load(const int32_t *from) { Ints x; std::memcpy(&x, from, sizeof(x)); return x; }
+inline Words load(const uint32_t *from) { Words x; std::memcpy(&x, from, sizeof(x)); return x; }
+inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & ~SIGN); }
+inline Floats root(Floats x) { Floats y; for (int i = 0; i < LANES; i++) y[i] = std::sqrt(x[i]); return y; }
+
+// exp and log by range reduction and Cephes' polynomials (S. Moshier), 1e-7 relative; of each lane.
+inline Floats fast_exp(Floats x) {  // of numbers up to 88
+    const Floats least = Floats{} - 87.f;
+    x = least > x ? least : x;  // NaN stays NaN
     const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
-    const float shifted = x * 1.44269504f + magic;
-    const float n = shifted - magic;
-    float y = x - n * 0.693359375f;
+    const Floats shifted = x * 1.44269504f + magic;
+    const Floats n = shifted - magic;
+    Floats y = x - n * 0.693359375f;
     y = y + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * y + 1.3981999507e-3f;
+    Floats p = y * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * y + 8.3334519073e-3f;
     p = p * y + 4.1665795894e-2f;
     p = p * y + 1.6666665459e-1f;
     p = p * y + 5.0000001201e-1f;
     p = p * y * y + y + 1.f;
-    return p * bits_to_float((float_to_bits(shifted) - 0x4B400000u + 127u) << 23);
+    return p * (Floats)(((Words)shifted - 0x4B400000u + 127u) << 23);
 }
 
-inline float fast_log(float x) {  // of positive, normal numbers
-    const uint32_t bits = float_to_bits(x) - 0x3F3504F3u;  // mantissa in [sqrt(1/2), sqrt(2))
-    const float e = (float)((int32_t)bits >> 23);
-    const float m = bits_to_float((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.f;
-    const float z = m * m;
-    float p = 7.0376836292e-2f;
-    p = p * m - 1.1514610310e-1f;
+inline Floats fast_log(Floats x) {  // of positive, normal numbers
+    const Words bits = (Words)x - 0x3F3504F3u;  // mantissa in [sqrt(1/2), sqrt(2))
+    const Floats e = __builtin_convertvector((Ints)bits >> 23, Floats);
+    const Floats m = (Floats)((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.f;
+    const Floats z = m * m;
+    Floats p = m * 7.0376836292e-2f - 1.1514610310e-1f;
     p = p * m + 1.1676998740e-1f;
     p = p * m - 1.2420140846e-1f;
     p = p * m + 1.4249322787e-1f;
@@ -117,10 +127,13 @@ struct Row {
 
     int64_t pixels_of(int64_t phase) const { return (g.pixels_wide - phase + g.phases - 1) / g.phases; }
 
+    // Where the cells of a phase's pixels begin in the first blended map.
+    const float *cells(int64_t phase, int64_t first) const { return blended.data() + EDGE + g.phase_cell[phase] + first; }
+
     void take(int64_t phase, int64_t first) {
         const float share = g.phase_share[phase];
         for (int64_t c = 0; c < maps; c++) {
-            const float *from = blended.data() + c * stride + EDGE + g.phase_cell[phase] + first;
+            const float *from = cells(phase, first) + c * stride;
             float *to = values.data() + c * TILE;
             for (int i = 0; i < TILE; i++) to[i] = from[i] + share * (from[i + 1] - from[i]);
         }
@@ -181,162 +194,284 @@ struct TileTarget {
     }
 };
 
-inline float with_sign(float value, uint32_t zeros, int bit) {  // -value where the target's bit is 0
-    return bits_to_float(float_to_bits(value) ^ ((zeros >> bit) << 31));
+inline Floats with_sign(Floats value, Words zeros, int bit) {  // -value where the target's bit is 0
+    return (Floats)((Words)value ^ ((zeros >> bit) << 31));
 }
 
-// Loss of a tile as ecocseg.losses.ecoc_loss has it: adds to sums [3], writes the gradient of all maps. INSTEAD: the target
-// stands in for its class's codeword among the negatives.
-template <bool INSTEAD>
-void ecoc_tile(Row &row, const TileTarget &target, int64_t num_bits, int64_t num_classes, const LossOptions &o, double *sums,
-               bool with_gradient) {
-    float size[TILE] = {}, square[TILE] = {}, dot[TILE] = {}, chance[TILE], log_sure[TILE] = {};
-    std::fill(chance, chance + TILE, 1.f);
+inline double total(Floats x) {
+    double sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+// Loss of LANES pixels of a tile, from `at`, as ecocseg.losses.ecoc_loss has it: adds to sums [3], writes the gradient of all
+// maps. INSTEAD: the target stands in for its class's codeword among the negatives.
+template <bool INSTEAD, bool GRADIENT>
+void ecoc_pixels(Row &row, const TileTarget &target, int64_t num_bits, int64_t num_classes, const LossOptions &o, double *sums,
+                 int64_t at) {
+    const float *values = row.values.data() + at, *products = values + num_bits * TILE;
+    float *gradient = row.gradient.data() + at, *exponentials = gradient + num_bits * TILE;
+    const uint32_t *zeros = target.zeros.data() + at;
+    const Floats w = load(target.weight + at), one = Floats{} + 1.f;
+    Floats size = {}, square = {}, dot = {}, chance = one, log_sure = {};
     for (int64_t k = 0; k < num_bits; k++) {
-        const float *v = row.values.data() + k * TILE;
-        const uint32_t *zeros = target.zeros.data() + (k / 32) * TILE;
-        const int bit = k % 32;
-        float *half = with_gradient ? row.gradient.data() + k * TILE : nullptr;
-        for (int i = 0; i < TILE; i++) {
-            const float a = std::fabs(v[i]), sure = 1.f / (1.f + fast_exp(-a));  // max(p, 1 - p)
-            size[i] += a;
-            square[i] += a * a;
-            dot[i] += with_sign(v[i], zeros[i], bit);
-            chance[i] *= sure;
-            if (half) half[i] = std::copysign(sure - 0.5f, v[i]);
-        }
-        if (k % FACTORS == FACTORS - 1 || k == num_bits - 1)
-            for (int i = 0; i < TILE; i++) log_sure[i] += fast_log(chance[i]), chance[i] = 1.f;
+        const Floats v = load(values + k * TILE), a = magnitude(v), sure = 1.f / (1.f + fast_exp(-a));  // max(p, 1 - p)
+        size += a;
+        square += a * a;
+        dot += with_sign(v, load(zeros + k / 32 * TILE), k % 32);
+        chance *= sure;
+        if (GRADIENT) store(gradient + k * TILE, (Floats)((Words)(sure - 0.5f) | ((Words)v & SIGN)));
+        if (k % FACTORS == FACTORS - 1 || k == num_bits - 1) log_sure += fast_log(chance), chance = one;
     }
-    float scale[TILE], inverse[TILE], cosine[TILE], slope[TILE], radial[TILE], bce[TILE], far[TILE], contrast[TILE] = {};
-    const float root = 1.f / std::sqrt((float)num_bits);
-    for (int i = 0; i < TILE; i++) {
-        const float w = target.weight[i];
-        inverse[i] = 1.f / std::max(std::sqrt(square[i]), COSINE_EPS);
-        scale[i] = inverse[i] * root;
-        cosine[i] = dot[i] * scale[i];
-        bce[i] = (0.5f * (size[i] - dot[i]) - log_sure[i]) * w / num_bits;
-        far[i] = (1.f - cosine[i]) * w;
-        slope[i] = -o.distance;
-        radial[i] = 0.f;
-    }
+    const Floats norm = root(square), inverse = 1.f / (norm > COSINE_EPS ? norm : Floats{} + COSINE_EPS);
+    const Floats scale = inverse / std::sqrt((float)num_bits), cosine = dot * scale;
+    sums[0] += total((0.5f * (size - dot) - log_sure) * w / (float)num_bits);
+    sums[1] += total((1.f - cosine) * w);
+    Floats slope = Floats{} - o.distance, radial = {};
     if (o.contrast != 0.f) {
-        float top[TILE] = {}, sum[TILE] = {}, factor[TILE], per_scale[TILE];
-        float *e = row.gradient.data() + num_bits * TILE;
-        const float *product = row.values.data() + num_bits * TILE;
-        for (int i = 0; i < TILE; i++) per_scale[i] = scale[i] * o.sharpness;
-        auto exponent = [&](int64_t n, int i) {
-            const float x = product[n * TILE + i] * per_scale[i];
-            return INSTEAD && target.label[i] == n ? cosine[i] * o.sharpness : x;
+        const Ints label = load(target.label + at);
+        const Floats per_scale = scale * o.sharpness, own = cosine * o.sharpness;
+        auto exponent = [&](int64_t n) {
+            const Floats x = load(products + n * TILE) * per_scale;
+            return INSTEAD ? (label == (int32_t)n ? own : x) : x;
         };
+        Floats top = {}, sum = {};
         if (o.sharpness > SAFE_EXPONENT) {
-            std::fill(top, top + TILE, -o.sharpness);
-            for (int64_t n = 0; n < num_classes; n++)
-                for (int i = 0; i < TILE; i++) top[i] = std::max(top[i], exponent(n, i));
+            top -= o.sharpness;
+            for (int64_t n = 0; n < num_classes; n++) top = exponent(n) > top ? exponent(n) : top;
         }
-        for (int64_t n = 0; n < num_classes; n++)
-            for (int i = 0; i < TILE; i++) {
-                const float x = fast_exp(exponent(n, i) - top[i]);
-                e[n * TILE + i] = x;
-                sum[i] += x;
-            }
-        for (int i = 0; i < TILE; i++) {
-            const float w = target.weight[i], per_sum = o.contrast * o.sharpness / sum[i];
-            contrast[i] = (fast_log(sum[i]) + top[i] - cosine[i] * o.sharpness) * w;
-            slope[i] -= o.contrast * o.sharpness;
-            if (INSTEAD) slope[i] += e[target.label[i] * TILE + i] * per_sum;
-            factor[i] = w * scale[i] * per_sum;
+        for (int64_t n = 0; n < num_classes; n++) {
+            const Floats e = fast_exp(exponent(n) - top);
+            store(exponentials + n * TILE, e);
+            sum += e;
         }
-        if (with_gradient)
-            for (int64_t n = 0; n < num_classes; n++)
-                for (int i = 0; i < TILE; i++) {
-                    const float s = INSTEAD && target.label[i] == n ? 0.f : e[n * TILE + i] * factor[i];
-                    e[n * TILE + i] = s;
-                    radial[i] += product[n * TILE + i] * s;
-                }
+        const Floats per_sum = o.contrast * o.sharpness / sum;
+        sums[2] += total((fast_log(sum) + top - own) * w);
+        slope -= o.contrast * o.sharpness;
+        if (INSTEAD) slope += fast_exp(own - top) * per_sum;
+        for (int64_t n = 0; GRADIENT && n < num_classes; n++) {
+            Floats s = load(exponentials + n * TILE) * (w * scale * per_sum);
+            if (INSTEAD) s = label == (int32_t)n ? Floats{} : s;
+            store(exponentials + n * TILE, s);
+            radial += load(products + n * TILE) * s;
+        }
     }
-    for (int i = 0; i < TILE; i++) sums[0] += bce[i], sums[1] += far[i], sums[2] += contrast[i];
-    if (!with_gradient) return;
-    float sign_slope[TILE], pull[TILE];
-    for (int i = 0; i < TILE; i++) {
-        const float w = target.weight[i], to_target = slope[i] * w * scale[i];
-        const bool counts = square[i] > COSINE_EPS * COSINE_EPS;
-        radial[i] = counts ? (radial[i] + to_target * dot[i]) * inverse[i] * inverse[i] : 0.f;
-        sign_slope[i] = to_target - w * o.bce / (2.f * num_bits);
-        pull[i] = w * o.bce / num_bits;
-    }
+    if (!GRADIENT) return;
+    const Floats to_target = slope * w * scale, pull = w * (o.bce / num_bits), sign_slope = to_target - 0.5f * pull;
+    radial = norm > COSINE_EPS ? (radial + to_target * dot) * inverse * inverse : Floats{};
     for (int64_t k = 0; k < num_bits; k++) {
-        const float *v = row.values.data() + k * TILE;
-        const uint32_t *zeros = target.zeros.data() + (k / 32) * TILE;
-        float *half = row.gradient.data() + k * TILE;
-        const int bit = k % 32;
-        for (int i = 0; i < TILE; i++)
-            half[i] = half[i] * pull[i] - v[i] * radial[i] + with_sign(sign_slope[i], zeros[i], bit);
+        const Floats half = load(gradient + k * TILE), v = load(values + k * TILE);
+        store(gradient + k * TILE, half * pull - v * radial + with_sign(sign_slope, load(zeros + k / 32 * TILE), k % 32));
     }
 }
 
-void cross_entropy_tile(Row &row, const TileTarget &target, int64_t num_classes, double *sums, bool with_gradient) {
-    float top[TILE], sum[TILE] = {}, own[TILE];
-    const float *values = row.values.data();
-    std::memcpy(top, values, sizeof(top));
-    for (int64_t n = 1; n < num_classes; n++)
-        for (int i = 0; i < TILE; i++) top[i] = std::max(top[i], values[n * TILE + i]);
-    for (int64_t n = 0; n < num_classes; n++)
-        for (int i = 0; i < TILE; i++) {
-            const float e = fast_exp(values[n * TILE + i] - top[i]);
-            if (with_gradient) row.gradient[n * TILE + i] = e;
-            sum[i] += e;
+template <bool GRADIENT>
+void cross_entropy_pixels(Row &row, const TileTarget &target, int64_t num_classes, double *sums, int64_t at) {
+    const float *values = row.values.data() + at;
+    float *gradient = row.gradient.data() + at;
+    const Floats w = load(target.weight + at);
+    const Ints label = load(target.label + at);
+    Floats top = load(values), sum = {}, own = {};
+    for (int64_t n = 0; n < num_classes; n++) {
+        const Floats v = load(values + n * TILE);
+        top = v > top ? v : top;
+        own = label == (int32_t)n ? v : own;
+    }
+    for (int64_t n = 0; n < num_classes; n++) {
+        const Floats e = fast_exp(load(values + n * TILE) - top);
+        if (GRADIENT) store(gradient + n * TILE, e);
+        sum += e;
+    }
+    sums[0] += total((fast_log(sum) + top - own) * w);
+    const Floats per_sum = w / sum;
+    for (int64_t n = 0; GRADIENT && n < num_classes; n++) {
+        const Floats slope = load(gradient + n * TILE) * per_sum;
+        store(gradient + n * TILE, label == (int32_t)n ? slope - w : slope);
+    }
+}
+
+// ---- classes, pseudo-labels and counts, LANES pixels at a time ---------------------------------------------------------
+
+inline bool any(Ints mask) { int32_t found = 0; for (int i = 0; i < LANES; i++) found |= mask[i]; return found; }
+
+// Calls task(cells, share, at, count) for every chunk: where its cells begin in the first blended map, the share of the next
+// cell, its first pixel's place in the image, and how many of the LANES are pixels. Its pixels are `phases` apart.
+template <typename Task> void each_chunk(Row &row, const float *maps, int64_t first, int64_t end, Task task) {
+    for (int64_t y = first; y < end; y++) {
+        row.blend(maps, y);
+        for (int64_t start = 0; start < row.pixels_of(0); start += LANES)
+            for (int64_t r = 0; r < row.g.phases; r++) {
+                const int64_t count = std::min<int64_t>(LANES, row.pixels_of(r) - start);
+                if (count > 0) task(row.cells(r, start), row.g.phase_share[r], y * row.g.pixels_wide + r + start * row.g.phases, count);
+            }
+    }
+}
+
+inline void calibrate(int64_t *bins, float confidence, bool right) {
+    const auto level = confidence == confidence ? (int64_t)std::nearbyint(confidence * CONFIDENCE_UNIT) : 0;
+    int64_t *bin = bins + 3 * (std::max<int64_t>(level - 1, 0) / (CONFIDENCE_UNIT / NUM_BINS));
+    bin[0]++;
+    bin[1] += right;
+    bin[2] += level;
+}
+
+// Classes of LANES pixels and their softmax probability.
+struct Softmax {
+    std::vector<Floats> value;  // [N]
+    Floats confidence;
+    Ints label;
+
+    explicit Softmax(int64_t num_classes) : value(num_classes) {}
+
+    void look(const float *cells, int64_t stride, float share) {
+        Floats best, sum = {};
+        label = Ints{};
+        for (size_t n = 0; n < value.size(); n++) {
+            const Floats a = load(cells + n * stride);
+            value[n] = a + share * (load(cells + n * stride + 1) - a);
+            const Ints better = n ? value[n] > best : Ints{} - 1;
+            label = better ? Ints{} + (int32_t)n : label;
+            best = better ? value[n] : best;
         }
-    for (int i = 0; i < TILE; i++) {
-        own[i] = (fast_log(sum[i]) + top[i] - values[target.label[i] * TILE + i]) * target.weight[i];
-        sums[0] += own[i];
+        for (const Floats &v : value) sum += fast_exp(v - best);
+        confidence = 1.f / sum;
     }
-    if (!with_gradient) return;
-    float per_sum[TILE];
-    for (int i = 0; i < TILE; i++) per_sum[i] = target.weight[i] / sum[i];
-    for (int64_t n = 0; n < num_classes; n++)
-        for (int i = 0; i < TILE; i++) row.gradient[n * TILE + i] *= per_sum[i];
-    for (int i = 0; i < TILE; i++) row.gradient[target.label[i] * TILE + i] -= target.weight[i];
-}
+};
 
-constexpr int LANES = 8;
+// Classes and bits of LANES pixels. Bits are 32 a word here, the lower half of a 64-bit word first.
+struct Bits {
+    const int64_t num_bits, num_classes, halves;
+    const float *signs;           // [N, K]
+    const uint64_t *codewords;    // [X, N]
+    std::vector<Floats> value;    // [K]: p - 1/2
+    std::vector<Floats> score;    // [N]: sum over bits of (2 t - 1) (p - 1/2), a constant less than K - distance
+    std::vector<Words> ones, hope, shared;  // [2 X]: p >= 1/2; bits surer than the threshold; bits taken from the codeword
+    Floats sure_sum;              // sum over bits of |p - 1/2|
+    Ints label = {};
+    int64_t least_distance, nearest = 0;  // nearest: the class of the last pixel, often the next one's too
 
-// Place of the largest of numbers padded with -inf to whole LANES, the first among equals.
-inline int64_t first_largest(const float *numbers, int64_t padded) {
-    float most[LANES], best;
-    std::memcpy(most, numbers, sizeof(most));
-    for (int64_t n = LANES; n < padded; n += LANES)
-        for (int j = 0; j < LANES; j++) most[j] = numbers[n + j] > most[j] ? numbers[n + j] : most[j];
-    best = *std::max_element(most, most + LANES);
-    int64_t place = 0;
-    while (place < padded - 1 && numbers[place] != best) place++;
-    return place;
-}
-
-// Reliable bits of one pixel that its nearest codeword alone does not settle, as ecocseg.bits.reliable_words has it. `surplus`
-// (a column of a tile) is q - T of each bit, `sum` that of all bits, `hope` the bits above 0; `queue` the scores.
-void mine(const float *surplus, double sum, const uint64_t *hope, int64_t num_bits, float *queue, int64_t padded,
-          int64_t nearest, const uint64_t *codewords, int64_t num_classes, int64_t num_words, int64_t limit, uint64_t *shared) {
-    uint64_t hopeful = 0;
-    for (int64_t x = 0; x < num_words; x++) {
-        shared[x] = x == num_words - 1 && num_bits % 64 ? (uint64_t(1) << (num_bits % 64)) - 1 : ~uint64_t(0);
-        hopeful |= hope[x];
+    Bits(int64_t num_bits, int64_t num_classes, const float *signs, const uint64_t *codewords)
+        : num_bits(num_bits), num_classes(num_classes), halves((num_bits + 63) / 64 * 2), signs(signs), codewords(codewords),
+          value(num_bits), score(num_classes), ones(halves), hope(halves), shared(halves), least_distance(num_bits) {
+        for (int64_t n = 0; n < num_classes; n++)
+            for (int64_t m = 0; m < n; m++) {
+                int64_t distance = 0;
+                for (int64_t x = 0; x < halves / 2; x++)
+                    distance += __builtin_popcountll(codewords[x * num_classes + n] ^ codewords[x * num_classes + m]);
+                least_distance = std::min(least_distance, distance);
+            }
     }
-    int64_t next = nearest;
-    for (int64_t candidates = 2; hopeful && candidates <= limit; candidates++) {
-        queue[next] = -INFINITY;
-        next = first_largest(queue, padded);
-        hopeful = 0;
-        for (int64_t x = 0; x < num_words; x++) {
-            uint64_t leaving = shared[x] & (codewords[x * num_classes + next] ^ codewords[x * num_classes + nearest]);
-            shared[x] ^= leaving;
-            hopeful |= shared[x] & hope[x];
-            for (; leaving; leaving &= leaving - 1) sum -= surplus[(64 * x + __builtin_ctzll(leaving)) * TILE];
+
+    uint32_t all_bits(int64_t x) const {  // those of a half word that the code has
+        const int64_t bits = num_bits - 32 * x;
+        return bits >= 32 ? ~0u : bits > 0 ? (1u << bits) - 1 : 0u;
+    }
+
+    uint64_t word(const std::vector<Words> &bits, int64_t x, int lane) const {
+        return bits[2 * x][lane] | (uint64_t)bits[2 * x + 1][lane] << 32;
+    }
+
+    // Probabilities of the bits of pixels between these cells of each map and the next.
+    void look(const float *cells, int64_t stride, float share) {
+        sure_sum = Floats{};
+        for (int64_t x = 0; x < halves; x++) {
+            Words below = {};
+            for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k++) {
+                const Floats a = load(cells + k * stride), logit = a + share * (load(cells + k * stride + 1) - a);
+                const Floats e = fast_exp(-magnitude(logit)), sure = (0.5f - 0.5f * e) / (1.f + e);
+                sure_sum += sure;
+                below |= (Words)(logit < 0.f) & (1u << k % 32);
+                value[k] = (Floats)((Words)sure | ((Words)logit & SIGN));
+            }
+            ones[x] = ~below & all_bits(x);
         }
-        if (hopeful && sum > 0.) return;
     }
-    std::fill(shared, shared + num_words, 0);
-}
+
+    // Whether a class is nearest for certain, by its differing bits alone. With d = least_distance, e of the K bits differ from
+    // the class's codeword, so at least d - e from any other. A bit that differs costs at most 1, and all K cost at least
+    // K - unsure together, so the class costs at most e and another at least d - e - unsure.
+    bool is_nearest(int64_t n, int lane) const {
+        const float unsure = num_bits - 2.f * sure_sum[lane];
+        int64_t differing = 0;
+        for (int64_t x = 0; x < halves / 2; x++)
+            differing += __builtin_popcountll(word(ones, x, lane) ^ codewords[x * num_classes + n]);
+        return 2.f * differing + unsure < least_distance - 0.01f;  // far more than what sums are rounded by
+    }
+
+    // Classes of the first `count` pixels; scores are computed where they are wanted or needed.
+    void classify(int64_t count, bool with_scores) {
+        bool certain = !with_scores;
+        for (int64_t i = 0; certain && i < count; i++) certain = is_nearest(nearest, i);
+        if (certain) {
+            label = Ints{} + (int32_t)nearest;
+        } else {
+            decode();
+            nearest = label[count - 1];
+        }
+    }
+
+    void decode() {
+        constexpr int AT_ONCE = 4;
+        for (int64_t n = 0; n < num_classes; n += AT_ONCE) {
+            const float *sign[AT_ONCE];
+            Floats sum[AT_ONCE] = {};
+            for (int j = 0; j < AT_ONCE; j++) sign[j] = signs + std::min(n + j, num_classes - 1) * num_bits;
+            for (int64_t k = 0; k < num_bits; k++)
+                for (int j = 0; j < AT_ONCE; j++) sum[j] += sign[j][k] * value[k];
+            for (int j = 0; j < std::min<int64_t>(AT_ONCE, num_classes - n); j++) score[n + j] = sum[j];
+        }
+        label = first_largest();
+    }
+
+    Ints first_largest() const {
+        Floats best = score[0];
+        Ints place = {};
+        for (int64_t n = 1; n < num_classes; n++) {
+            const Ints better = score[n] > best;
+            place = better ? Ints{} + (int32_t)n : place;
+            best = better ? score[n] : best;
+        }
+        return place;
+    }
+
+    // Reliable bits of the open pixels, as ecocseg.bits.reliable_words has it. Overwrites values and scores.
+    void mine(Ints open, float reliability, int64_t limit) {
+        std::vector<Words> &still = agreed;
+        for (int64_t x = 0; x < halves; x++) {
+            hope[x] = Words{};
+            still[x] = Words{} + all_bits(x);
+            for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k++) {
+                value[k] = magnitude(value[k]) - (reliability - 0.5f);  // surplus
+                hope[x] |= (Words)(value[k] > 0.f) & (1u << k % 32);
+            }
+        }
+        Ints next = label;
+        for (int64_t candidates = 2; candidates <= limit; candidates++) {
+            Words hopeful = {};
+            for (int64_t x = 0; x < halves; x++) hopeful |= still[x] & hope[x];
+            open &= (Ints)(hopeful != 0u);
+            if (!any(open)) return;
+            for (int i = 0; i < LANES; i++) score[next[i]][i] = -INFINITY;
+            next = first_largest();
+            Floats surplus = {};
+            hopeful = Words{};
+            for (int64_t x = 0; x < halves; x++) {
+                for (int i = 0; i < LANES; i++) {
+                    const uint64_t *codes = codewords + x / 2 * num_classes;
+                    still[x][i] &= ~(uint32_t)((codes[next[i]] ^ codes[label[i]]) >> 32 * (x % 2));
+                }
+                hopeful |= still[x] & hope[x];
+                for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k++)
+                    surplus += (Floats)((Words)value[k] & (Words)((Ints)(still[x] << (31 - k % 32)) >> 31));
+            }
+            const Ints settled = open & (surplus > 0.f) & (Ints)(hopeful != 0u);
+            for (int64_t x = 0; x < halves; x++) shared[x] |= still[x] & (Words)settled;
+            open &= ~settled;
+        }
+    }
+
+    std::vector<Words> agreed = std::vector<Words>(halves);  // while mining: bits on which all candidates agree
+};
 
 }  // namespace
 
@@ -348,6 +483,8 @@ void ecoc_loss(const Grid *grid, const float *maps, int64_t num_bits, int64_t nu
                const float *weights, const uint64_t *words, const LossOptions *options, int64_t first, int64_t end,
                double *sums, float *gradient) {
     const int64_t num_words = (num_bits + 63) / 64;
+    const auto pixels = options->target_instead ? (gradient ? ecoc_pixels<true, true> : ecoc_pixels<true, false>)
+                                                : (gradient ? ecoc_pixels<false, true> : ecoc_pixels<false, false>);
     Row row(*grid, num_bits + num_classes, true);
     TileTarget target(num_words);
     for (int64_t y = first; y < end; y++) {
@@ -357,8 +494,8 @@ void ecoc_loss(const Grid *grid, const float *maps, int64_t num_bits, int64_t nu
                 row.take(r, start);
                 target.load(*grid, labels, weights, words, num_words, y, r, start, std::min<int64_t>(TILE, count - start),
                             std::max<int64_t>(num_classes, 1));
-                (options->target_instead ? ecoc_tile<true> : ecoc_tile<false>)(row, target, num_bits, num_classes, *options, sums,
-                                                                               gradient != nullptr);
+                for (int64_t at = 0; at < TILE; at += LANES)
+                    pixels(row, target, num_bits, num_classes, *options, sums, at);
                 if (gradient) row.give_back(r, start);
             }
         if (gradient) row.spread(gradient, y);
@@ -367,6 +504,7 @@ void ecoc_loss(const Grid *grid, const float *maps, int64_t num_bits, int64_t nu
 
 void cross_entropy(const Grid *grid, const float *maps, int64_t num_classes, const int64_t *labels, const float *weights,
                    int64_t first, int64_t end, double *sums, float *gradient) {
+    const auto pixels = gradient ? cross_entropy_pixels<true> : cross_entropy_pixels<false>;
     Row row(*grid, num_classes, gradient != nullptr);
     TileTarget target(0);
     for (int64_t y = first; y < end; y++) {
@@ -375,7 +513,7 @@ void cross_entropy(const Grid *grid, const float *maps, int64_t num_classes, con
             for (int64_t start = 0, count = row.pixels_of(r); start < count; start += TILE) {
                 row.take(r, start);
                 target.load(*grid, labels, weights, nullptr, 0, y, r, start, std::min<int64_t>(TILE, count - start), num_classes);
-                cross_entropy_tile(row, target, num_classes, sums, gradient != nullptr);
+                for (int64_t at = 0; at < TILE; at += LANES) pixels(row, target, num_classes, sums, at);
                 if (gradient) row.give_back(r, start);
             }
         if (gradient) row.spread(gradient, y);
@@ -385,110 +523,81 @@ void cross_entropy(const Grid *grid, const float *maps, int64_t num_classes, con
 void one_hot_pseudo_label(const Grid *grid, const float *maps, int64_t num_classes, int64_t first, int64_t end,
                           int64_t *labels, float *confidence) {
     Row row(*grid, num_classes, false);
-    float best[TILE], sum[TILE];
-    int32_t label[TILE];
-    for (int64_t y = first; y < end; y++) {
-        row.blend(maps, y);
-        for (int64_t r = 0; r < grid->phases; r++)
-            for (int64_t start = 0, count = row.pixels_of(r); start < count; start += TILE) {
-                row.take(r, start);
-                const float *v = row.values.data();
-                for (int i = 0; i < TILE; i++) best[i] = v[i], label[i] = 0, sum[i] = 0.f;
-                for (int64_t n = 1; n < num_classes; n++)
-                    for (int i = 0; i < TILE; i++) {
-                        const bool better = v[n * TILE + i] > best[i];
-                        label[i] = better ? (int32_t)n : label[i];
-                        best[i] = better ? v[n * TILE + i] : best[i];
-                    }
-                for (int64_t n = 0; n < num_classes; n++)
-                    for (int i = 0; i < TILE; i++) sum[i] += fast_exp(v[n * TILE + i] - best[i]);
-                const int64_t at = y * grid->pixels_wide + r + start * grid->phases;
-                for (int64_t i = 0; i < std::min<int64_t>(TILE, count - start); i++) {
-                    labels[at + i * grid->phases] = label[i];
-                    confidence[at + i * grid->phases] = 1.f / sum[i];
-                }
-            }
-    }
+    Softmax softmax(num_classes);
+    each_chunk(row, maps, first, end, [&](const float *cells, float share, int64_t at, int64_t count) {
+        softmax.look(cells, row.stride, share);
+        for (int64_t i = 0; i < count; i++, at += grid->phases) {
+            labels[at] = softmax.label[i];
+            confidence[at] = softmax.confidence[i];
+        }
+    });
 }
 
-// `form`: 0 hybrid, 1 code-wise, 2 bit-wise. `zeros`: zero bits of each codeword. Adds to counts [2] the bits corrected, and
-// those that differ from the codeword's.
+// `form`: 0 hybrid, 1 code-wise, 2 bit-wise. Adds to counts [2] the bits corrected, and those that differ from the codeword's.
 void ecoc_pseudo_label(const Grid *grid, const float *maps, int64_t num_bits, int64_t num_classes, const float *signs,
-                       const float *zeros, const uint64_t *codewords, float reliability, int64_t limit, int64_t form,
-                       int64_t first, int64_t end, int64_t *labels, float *confidence, float *reliable, uint64_t *words,
-                       int64_t *counts) {
-    const int64_t num_words = (num_bits + 63) / 64, plane = grid->pixels_high * grid->pixels_wide;
+                       const uint64_t *codewords, float reliability, int64_t limit, int64_t form, int64_t first, int64_t end,
+                       int64_t *labels, float *confidence, float *reliable, uint64_t *words, int64_t *counts) {
+    const int64_t plane = grid->pixels_high * grid->pixels_wide;
     Row row(*grid, num_bits, false);
-    const int64_t padded = (num_classes + LANES - 1) / LANES * LANES;
-    std::vector<float> scores(num_classes * TILE), surplus(num_bits * TILE), queue(padded, -INFINITY);
-    std::vector<uint32_t> ones(2 * num_words * TILE), above(2 * num_words * TILE);
-    std::vector<uint64_t> shared(num_words), hope(num_words);
-    for (int64_t y = first; y < end; y++) {
-        row.blend(maps, y);
-        for (int64_t r = 0; r < grid->phases; r++)
-            for (int64_t start = 0, count = row.pixels_of(r); start < count; start += TILE) {
-                row.take(r, start);
-                float sure_sum[TILE] = {}, surplus_sum[TILE] = {}, best[TILE];
-                int32_t label[TILE] = {};
-                std::fill(ones.begin(), ones.end(), 0);
-                std::fill(above.begin(), above.end(), 0);
-                for (int64_t k = 0; k < num_bits; k++) {
-                    float *v = row.values.data() + k * TILE, *q = surplus.data() + k * TILE;
-                    uint32_t *one = ones.data() + (k / 32) * TILE, *over = above.data() + (k / 32) * TILE;
-                    const int bit = k % 32;
-                    for (int i = 0; i < TILE; i++) {
-                        const float e = fast_exp(-std::fabs(v[i])), sure = 1.f / (1.f + e);
-                        const bool one_bit = !(v[i] < 0.f);
-                        one[i] |= (uint32_t)one_bit << bit;
-                        v[i] = one_bit ? sure : 1.f - sure;
-                        sure_sum[i] += sure;
-                        q[i] = sure - reliability;
-                        surplus_sum[i] += q[i];
-                        over[i] |= (uint32_t)(q[i] > 0.f) << bit;
-                    }
-                }
-                for (int64_t n = 0; n < num_classes; n++) {
-                    float s[TILE];
-                    std::fill(s, s + TILE, zeros[n]);
-                    for (int64_t k = 0; k < num_bits; k++) {
-                        const float sign = signs[n * num_bits + k], *p = row.values.data() + k * TILE;
-                        for (int i = 0; i < TILE; i++) s[i] += sign * p[i];
-                    }
-                    std::memcpy(scores.data() + n * TILE, s, sizeof(s));
-                    for (int i = 0; i < TILE; i++) {
-                        const bool better = n == 0 || s[i] > best[i];
-                        label[i] = better ? (int32_t)n : label[i];
-                        best[i] = better ? s[i] : best[i];
-                    }
-                }
-                for (int64_t i = 0; i < std::min<int64_t>(TILE, count - start); i++) {
-                    const int64_t at = y * grid->pixels_wide + r + (start + i) * grid->phases;
-                    const float mean = sure_sum[i] / num_bits;
-                    const bool whole = form == 1 || (form == 0 && mean > reliability);
-                    if (!whole && form == 0) {
-                        for (int64_t n = 0; n < num_classes; n++) queue[n] = scores[n * TILE + i];
-                        for (int64_t x = 0; x < num_words; x++)
-                            hope[x] = above[2 * x * TILE + i] | (uint64_t)above[(2 * x + 1) * TILE + i] << 32;
-                        mine(surplus.data() + i, surplus_sum[i], hope.data(), num_bits, queue.data(), padded, label[i],
-                             codewords, num_classes, num_words, limit, shared.data());
-                    } else {
-                        std::fill(shared.begin(), shared.end(), whole ? ~uint64_t(0) : 0);
-                    }
-                    int64_t kept = 0;
-                    for (int64_t x = 0; x < num_words; x++) {
-                        const uint64_t guess = ones[2 * x * TILE + i] | (uint64_t)ones[(2 * x + 1) * TILE + i] << 32;
-                        const uint64_t differ = guess ^ codewords[x * num_classes + label[i]], changed = differ & shared[x];
-                        words[x * plane + at] = guess ^ changed;
-                        counts[0] += __builtin_popcountll(changed);
-                        counts[1] += __builtin_popcountll(differ);
-                        kept += __builtin_popcountll(shared[x]);
-                    }
-                    labels[at] = label[i];
-                    confidence[at] = mean;
-                    reliable[at] = whole ? 1.f : (float)kept / num_bits;
-                }
+    Bits bits(num_bits, num_classes, signs, codewords);
+    each_chunk(row, maps, first, end, [&](const float *cells, float share, int64_t at, int64_t count) {
+        bits.look(cells, row.stride, share);
+        const Floats mean = 0.5f + bits.sure_sum / (float)num_bits;
+        Ints whole = form == 0 ? Ints(mean > reliability) : Ints{} - (form == 1), open = {};
+        if (form == 0)
+            for (int64_t i = 0; i < count; i++) open[i] = ~whole[i];
+        bits.classify(count, any(open));
+        std::fill(bits.shared.begin(), bits.shared.end(), (Words)whole);
+        if (any(open)) bits.mine(open, reliability, limit);
+        for (int64_t i = 0; i < count; i++, at += grid->phases) {
+            const int64_t label = bits.label[i];
+            int64_t kept = 0;
+            for (int64_t x = 0; x < bits.halves / 2; x++) {
+                const uint64_t guess = bits.word(bits.ones, x, i), shared = bits.word(bits.shared, x, i);
+                const uint64_t differ = guess ^ codewords[x * num_classes + label], changed = differ & shared;
+                words[x * plane + at] = guess ^ changed;
+                counts[0] += __builtin_popcountll(changed);
+                counts[1] += __builtin_popcountll(differ);
+                kept += __builtin_popcountll(shared);
             }
-    }
+            labels[at] = label;
+            confidence[at] = mean[i];
+            reliable[at] = whole[i] ? 1.f : (float)kept / num_bits;
+        }
+    });
+}
+
+// Classes of pixels, and calibration as ecocseg.metrics.calibration_counts has it, added to bins [15, 3].
+void one_hot_count(const Grid *grid, const float *maps, int64_t num_classes, const int64_t *labels, int64_t first, int64_t end,
+                   int64_t *classes, int64_t *bins) {
+    Row row(*grid, num_classes, false);
+    Softmax softmax(num_classes);
+    each_chunk(row, maps, first, end, [&](const float *cells, float share, int64_t at, int64_t count) {
+        softmax.look(cells, row.stride, share);
+        for (int64_t i = 0; i < count; i++, at += grid->phases) {
+            classes[at] = softmax.label[i];
+            if (labels[at] != IGNORE) calibrate(bins, softmax.confidence[i], classes[at] == labels[at]);
+        }
+    });
+}
+
+void ecoc_count(const Grid *grid, const float *maps, int64_t num_bits, int64_t num_classes, const float *signs,
+                const uint64_t *codewords, const int64_t *labels, int64_t first, int64_t end, int64_t *classes, int64_t *bins) {
+    Row row(*grid, num_bits, false);
+    Bits bits(num_bits, num_classes, signs, codewords);
+    each_chunk(row, maps, first, end, [&](const float *cells, float share, int64_t at, int64_t count) {
+        bits.look(cells, row.stride, share);
+        bits.classify(count, false);
+        for (int64_t i = 0; i < count; i++, at += grid->phases) {
+            classes[at] = bits.label[i];
+            if (labels[at] == IGNORE) continue;
+            for (int64_t x = 0; x < bits.halves / 2; x++) {
+                const uint64_t wrong = bits.word(bits.ones, x, i) ^ codewords[x * num_classes + labels[at]];
+                for (int64_t k = 64 * x; k < std::min(64 * (x + 1), num_bits); k++)
+                    calibrate(bins, 0.5f + std::fabs(bits.value[k][i]), !(wrong >> (k % 64) & 1));
+            }
+        }
+    });
 }
 
 }  // extern "C"
