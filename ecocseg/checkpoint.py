@@ -8,6 +8,7 @@ from it, is never resumed from. Nothing in it depends on the number of workers t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -58,8 +59,15 @@ def build_codebook(config: CodingConfig, classes: ClassList) -> Codebook | None:
         return book
     if spec.kind == "text":
         return codebook.text(classes.names, spec.length, spec.embeddings)
-    make = codebook.max_min if spec.kind == "max_min" else codebook.random
-    return replace(make(classes.num_classes, spec.length, spec.seed), class_names=classes.names)
+    return replace(_searched(spec.kind, classes.num_classes, spec.length, spec.seed), class_names=classes.names)
+
+
+@functools.lru_cache(maxsize=16)
+def _searched(kind: str, num_classes: int, length: int, seed: int) -> Codebook:
+    """A run asks for its codebook several times, and the search takes up to a second."""
+    from ecocseg import codebook
+
+    return (codebook.max_min if kind == "max_min" else codebook.random)(num_classes, length, seed)
 
 
 def build_coding(config: CodingConfig, book: Codebook | None, num_classes: int) -> Coding:

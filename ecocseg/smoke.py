@@ -48,6 +48,7 @@ def _data(config: RunConfig, root: str, side: int, share: float) -> dict[str, di
     scaled: dict[str, Any] = {key: int(getattr(method, key) * share) for key in ("ignore_top", "ignore_bottom")}
     scaled["mask_block"] = max(1, int(method.mask_block * share))
     scaled["teacher_steps"] = method.teacher_steps and STEPS
+    scaled["label_scales"] = [1.0]
     return {
         "data": {"prepare": None, "labeled": join(root, "labeled"), "crop": [side, side],
                  "unlabeled": join(root, "unlabeled") if data.unlabeled else None,

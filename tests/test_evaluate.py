@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ecocseg import codebook, evaluate, inference
+from ecocseg import codebook, evaluate, inference, metrics
 from ecocseg.coding import EcocCoding, OneHotCoding
 from ecocseg.data.classes import CLASS_LISTS
 from ecocseg.data.shards import Record, read_manifest, write_shards
@@ -238,7 +238,7 @@ def test_bit_calibration_error_by_hand(monkeypatch):
     assert int(counts[:, 0].sum()) == len(confidence)
     result = EvalResult(torch.zeros(N, N, dtype=torch.int64), counts)
     assert result.ece == pytest.approx(slow_ece(confidence, right), abs=1e-5)
-    monkeypatch.setattr(evaluate, "_CALIBRATION_CHUNK", 100)  # bits in several chunks
+    monkeypatch.setattr(metrics, "_CALIBRATION_CHUNK", 100)  # bits in several chunks
     assert torch.equal(calibration_counts(coding.probabilities(z), labels, coding), counts)
 
 

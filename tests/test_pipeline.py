@@ -131,8 +131,8 @@ def local_ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("loader", ["torch", "ray"])
-@pytest.mark.parametrize("labeled", [32, 10_000])
+@pytest.mark.parametrize(("labeled", "loader"), [(32, "torch"), (10_000, "torch"), (32, "ray"),
+                                                 pytest.param(10_000, "ray", marks=pytest.mark.slow)])
 def test_streams_of_unequal_length_go_on_together(sizes, labeled, loader, local_ray):
     """32 rows beside 10,000, two workers that wait for each other at every step: each stream cycles by itself."""
     counts, steps, width = {"labeled": labeled, "unlabeled": 10_032 - labeled}, 40, 16
