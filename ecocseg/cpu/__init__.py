@@ -254,12 +254,11 @@ def counts(logits_BKhw: Tensor, labels_BHW: Tensor, tables: Tables | None, align
         if tables is None:
             library().one_hot_count(ctypes.byref(grid), maps, ctypes.c_int64(num_bits), *where)
         else:
-            codes = (ctypes.c_void_p(t.data_ptr()) for t in (tables.signs_NK, tables.words_XN))
-            num_classes = ctypes.c_int64(len(tables.signs_NK))
-            library().ecoc_count(ctypes.byref(grid), maps, ctypes.c_int64(num_bits), num_classes, *codes, *where)
+            library().ecoc_count(ctypes.byref(grid), maps, ctypes.c_int64(num_bits), ctypes.c_int64(tables.words_XN.shape[1]),
+                                 ctypes.c_void_p(tables.words_XN.data_ptr()), *where)
 
     _run(((place, image, first, end) for place, (image, _, first, end) in enumerate(blocks)), task)
-    return confusion(classes_BHW, labels_BHW, num_bits if tables is None else len(tables.signs_NK)), bins.sum(0)
+    return confusion(classes_BHW, labels_BHW, num_bits if tables is None else tables.words_XN.shape[1]), bins.sum(0)
 
 
 def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], tables: Tables, *, reliability: float, limit: int,
@@ -272,13 +271,12 @@ def ecoc_pseudo_label(logits_BKhw: Tensor, size: tuple[int, int], tables: Tables
     reliable_BHW = target.reliable = torch.empty_like(target.weight)
     blocks = list(_blocks(size[0], source[0], len(maps_BKhw)))
     counts = torch.zeros(len(blocks), 2, dtype=torch.int64)
-    codewords = [ctypes.c_void_p(t.data_ptr()) for t in (tables.signs_NK, tables.words_XN)]
 
     def task(place: int, image: int, first: int, end: int) -> None:
         assert target.confidence is not None and target.bits is not None
         library().ecoc_pseudo_label(
             ctypes.byref(grid), ctypes.c_void_p(maps_BKhw[image].data_ptr()), ctypes.c_int64(num_bits),
-            ctypes.c_int64(num_classes), *codewords,
+            ctypes.c_int64(num_classes), ctypes.c_void_p(tables.words_XN.data_ptr()),
             ctypes.c_float(reliability), ctypes.c_int64(limit), ctypes.c_int64(_FORMS.index(label_form)),
             ctypes.c_int64(first), ctypes.c_int64(end),
             *(ctypes.c_void_p(t[image].data_ptr()) for t in (target.labels, target.confidence, reliable_BHW, target.bits)),

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int TILE = 64;             // pixels: C x TILE floats stay in the nearest cache
 constexpr int IGNORE = 255;
-constexpr int FACTORS = 64;          // numbers in [1/2, 1] whose product is far from the least float
+constexpr int FACTORS = 64;          // numbers from 1 to 2 whose product is far from the largest float
 constexpr float COSINE_EPS = 1e-3f;  // as losses.COSINE_EPS
 constexpr float SAFE_EXPONENT = 60.f;
 constexpr int NUM_BINS = 15, CONFIDENCE_UNIT = NUM_BINS * 1024;  // as in metrics.py
@@ -51,6 +51,21 @@ inline Floats fast_exp(Floats x) {  // of numbers up to 88
     p = p * y + 5.0000001201e-1f;
     p = p * y * y + y + 1.f;
     return p * (Floats)(((Words)shifted - 0x4B400000u + 127u) << 23);
+}
+
+constexpr int GROUP = 4;
+
+// Reciprocals of GROUP numbers from 1 to 2 by one division, which takes as long as ten products. Returns their product.
+inline Floats reciprocals(const Floats *number, Floats *reciprocal) {
+    Floats product[GROUP] = {number[0]};
+    for (int j = 1; j < GROUP; j++) product[j] = product[j - 1] * number[j];
+    Floats rest = 1.f / product[GROUP - 1];
+    for (int j = GROUP - 1; j > 0; j--) {
+        reciprocal[j] = rest * product[j - 1];
+        rest *= number[j];
+    }
+    reciprocal[0] = rest;
+    return product[GROUP - 1];
 }
 
 inline Floats fast_log(Floats x) {  // of positive, normal numbers
@@ -145,8 +160,9 @@ struct Row {
         for (int64_t c = 0; c < maps; c++) {
             float *to = slopes.data() + c * stride + EDGE + g.phase_cell[phase] + first;
             const float *from = gradient.data() + c * TILE;
-            for (int i = 0; i < TILE; i++) to[i] += from[i] * (1.f - share);
-            for (int i = 0; i < TILE; i++) to[i + 1] += from[i] * share;
+            to[0] += from[0] * (1.f - share);
+            for (int i = 1; i < TILE; i++) to[i] += from[i] * (1.f - share) + from[i - 1] * share;
+            to[TILE] += from[TILE - 1] * share;
         }
     }
 
@@ -198,6 +214,8 @@ inline Floats with_sign(Floats value, Words zeros, int bit) {  // -value where t
     return (Floats)((Words)value ^ ((zeros >> bit) << 31));
 }
 
+inline Floats with_sign_of(Floats size, Floats sign) { return (Floats)((Words)size | ((Words)sign & SIGN)); }
+
 inline double total(Floats x) {
     double sum = 0;
     for (int i = 0; i < LANES; i++) sum += x[i];
@@ -213,15 +231,21 @@ void ecoc_pixels(Row &row, const TileTarget &target, int64_t num_bits, int64_t n
     float *gradient = row.gradient.data() + at, *exponentials = gradient + num_bits * TILE;
     const uint32_t *zeros = target.zeros.data() + at;
     const Floats w = load(target.weight + at), one = Floats{} + 1.f;
-    Floats size = {}, square = {}, dot = {}, chance = one, log_sure = {};
-    for (int64_t k = 0; k < num_bits; k++) {
-        const Floats v = load(values + k * TILE), a = magnitude(v), sure = 1.f / (1.f + fast_exp(-a));  // max(p, 1 - p)
-        size += a;
-        square += a * a;
-        dot += with_sign(v, load(zeros + k / 32 * TILE), k % 32);
-        chance *= sure;
-        if (GRADIENT) store(gradient + k * TILE, (Floats)((Words)(sure - 0.5f) | ((Words)v & SIGN)));
-        if (k % FACTORS == FACTORS - 1 || k == num_bits - 1) log_sure += fast_log(chance), chance = one;
+    Floats size = {}, square = {}, dot = {}, doubts = one, log_sure = {};
+    for (int64_t k = 0; k < num_bits; k += GROUP) {
+        const int64_t count = std::min<int64_t>(GROUP, num_bits - k);
+        Floats doubt[GROUP] = {one, one, one, one}, sure[GROUP];  // sure: max(p, 1 - p)
+        for (int64_t j = 0; j < count; j++) {
+            const Floats v = load(values + (k + j) * TILE), a = magnitude(v);
+            size += a;
+            square += a * a;
+            dot += with_sign(v, load(zeros + k / 32 * TILE), k % 32 + j);
+            doubt[j] = 1.f + fast_exp(-a);
+        }
+        doubts *= reciprocals(doubt, sure);
+        for (int64_t j = 0; GRADIENT && j < count; j++)
+            store(gradient + (k + j) * TILE, with_sign_of(sure[j] - 0.5f, load(values + (k + j) * TILE)));
+        if ((k + GROUP) % FACTORS == 0 || k + GROUP >= num_bits) log_sure -= fast_log(doubts), doubts = one;
     }
     const Floats norm = root(square), inverse = 1.f / (norm > COSINE_EPS ? norm : Floats{} + COSINE_EPS);
     const Floats scale = inverse / std::sqrt((float)num_bits), cosine = dot * scale;
@@ -338,21 +362,26 @@ struct Softmax {
     }
 };
 
+constexpr int NIBBLE = 4, SUMS = 1 << NIBBLE;
+
 // Classes and bits of LANES pixels. Bits are 32 a word here, the lower half of a 64-bit word first.
 struct Bits {
     const int64_t num_bits, num_classes, halves;
-    const float *signs;           // [N, K]
-    const uint64_t *codewords;    // [X, N]
-    std::vector<Floats> value;    // [K]: p - 1/2
-    std::vector<Floats> score;    // [N]: sum over bits of (2 t - 1) (p - 1/2), a constant less than K - distance
+    const uint64_t *codewords;      // [X, N]
+    std::vector<uint8_t> patterns;  // [K / NIBBLE, N]: the codewords' bits, NIBBLE at a time
+    std::vector<Floats> value;      // [K and some zeros]: p - 1/2
+    std::vector<Floats> score;      // [N]: sum of the values of the codeword's ones; (K - distance) / 2, but for what all share
     std::vector<Words> ones, hope, shared;  // [2 X]: p >= 1/2; bits surer than the threshold; bits taken from the codeword
     Floats sure_sum;              // sum over bits of |p - 1/2|
     Ints label = {};
     int64_t least_distance, nearest = 0;  // nearest: the class of the last pixel, often the next one's too
 
-    Bits(int64_t num_bits, int64_t num_classes, const float *signs, const uint64_t *codewords)
-        : num_bits(num_bits), num_classes(num_classes), halves((num_bits + 63) / 64 * 2), signs(signs), codewords(codewords),
-          value(num_bits), score(num_classes), ones(halves), hope(halves), shared(halves), least_distance(num_bits) {
+    Bits(int64_t num_bits, int64_t num_classes, const uint64_t *codewords)
+        : num_bits(num_bits), num_classes(num_classes), halves((num_bits + 63) / 64 * 2), codewords(codewords),
+          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), score(num_classes), ones(halves), hope(halves), shared(halves), least_distance(num_bits) {
+        for (int64_t k = 0; k < num_bits; k += NIBBLE)
+            for (int64_t n = 0; n < num_classes; n++)
+                patterns.push_back(codewords[k / 64 * num_classes + n] >> (k % 64) & (SUMS - 1));
         for (int64_t n = 0; n < num_classes; n++)
             for (int64_t m = 0; m < n; m++) {
                 int64_t distance = 0;
@@ -376,12 +405,21 @@ struct Bits {
         sure_sum = Floats{};
         for (int64_t x = 0; x < halves; x++) {
             Words below = {};
-            for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k++) {
-                const Floats a = load(cells + k * stride), logit = a + share * (load(cells + k * stride + 1) - a);
-                const Floats e = fast_exp(-magnitude(logit)), sure = (0.5f - 0.5f * e) / (1.f + e);
-                sure_sum += sure;
-                below |= (Words)(logit < 0.f) & (1u << k % 32);
-                value[k] = (Floats)((Words)sure | ((Words)logit & SIGN));
+            for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k += GROUP) {
+                const int64_t count = std::min<int64_t>(GROUP, num_bits - k);
+                const Floats one = Floats{} + 1.f;
+                Floats logit[GROUP], doubt[GROUP] = {one, one, one, one}, sure[GROUP];
+                for (int64_t j = 0; j < count; j++) {
+                    const float *at = cells + (k + j) * stride;
+                    logit[j] = load(at) + share * (load(at + 1) - load(at));
+                    doubt[j] = 1.f + fast_exp(-magnitude(logit[j]));
+                    below |= (Words)(logit[j] < 0.f) & (1u << (k % 32 + j));
+                }
+                reciprocals(doubt, sure);
+                for (int64_t j = 0; j < count; j++) {
+                    sure_sum += sure[j] - 0.5f;
+                    value[k + j] = with_sign_of(sure[j] - 0.5f, logit[j]);
+                }
             }
             ones[x] = ~below & all_bits(x);
         }
@@ -410,15 +448,16 @@ struct Bits {
         }
     }
 
+    // Scores of all classes, and the largest. A class's score is a sum over NIBBLE bits at a time, of which all sums are made
+    // first: 11 additions for 4 bits, and each class needs one more, where it would need 4 multiplications.
     void decode() {
-        constexpr int AT_ONCE = 4;
-        for (int64_t n = 0; n < num_classes; n += AT_ONCE) {
-            const float *sign[AT_ONCE];
-            Floats sum[AT_ONCE] = {};
-            for (int j = 0; j < AT_ONCE; j++) sign[j] = signs + std::min(n + j, num_classes - 1) * num_bits;
-            for (int64_t k = 0; k < num_bits; k++)
-                for (int j = 0; j < AT_ONCE; j++) sum[j] += sign[j][k] * value[k];
-            for (int j = 0; j < std::min<int64_t>(AT_ONCE, num_classes - n); j++) score[n + j] = sum[j];
+        Floats sum[SUMS] = {};
+        std::fill(score.begin(), score.end(), Floats{});
+        for (int64_t k = 0; k < num_bits; k += NIBBLE) {
+            for (int j = 0; j < NIBBLE; j++)
+                for (int p = 0; p < 1 << j; p++) sum[p + (1 << j)] = sum[p] + value[k + j];
+            const uint8_t *pattern = patterns.data() + k / NIBBLE * num_classes;
+            for (int64_t n = 0; n < num_classes; n++) score[n] += sum[pattern[n]];
         }
         label = first_largest();
     }
@@ -534,12 +573,12 @@ void one_hot_pseudo_label(const Grid *grid, const float *maps, int64_t num_class
 }
 
 // `form`: 0 hybrid, 1 code-wise, 2 bit-wise. Adds to counts [2] the bits corrected, and those that differ from the codeword's.
-void ecoc_pseudo_label(const Grid *grid, const float *maps, int64_t num_bits, int64_t num_classes, const float *signs,
+void ecoc_pseudo_label(const Grid *grid, const float *maps, int64_t num_bits, int64_t num_classes,
                        const uint64_t *codewords, float reliability, int64_t limit, int64_t form, int64_t first, int64_t end,
                        int64_t *labels, float *confidence, float *reliable, uint64_t *words, int64_t *counts) {
     const int64_t plane = grid->pixels_high * grid->pixels_wide;
     Row row(*grid, num_bits, false);
-    Bits bits(num_bits, num_classes, signs, codewords);
+    Bits bits(num_bits, num_classes, codewords);
     each_chunk(row, maps, first, end, [&](const float *cells, float share, int64_t at, int64_t count) {
         bits.look(cells, row.stride, share);
         const Floats mean = 0.5f + bits.sure_sum / (float)num_bits;
@@ -581,10 +620,10 @@ void one_hot_count(const Grid *grid, const float *maps, int64_t num_classes, con
     });
 }
 
-void ecoc_count(const Grid *grid, const float *maps, int64_t num_bits, int64_t num_classes, const float *signs,
+void ecoc_count(const Grid *grid, const float *maps, int64_t num_bits, int64_t num_classes,
                 const uint64_t *codewords, const int64_t *labels, int64_t first, int64_t end, int64_t *classes, int64_t *bins) {
     Row row(*grid, num_bits, false);
-    Bits bits(num_bits, num_classes, signs, codewords);
+    Bits bits(num_bits, num_classes, codewords);
     each_chunk(row, maps, first, end, [&](const float *cells, float share, int64_t at, int64_t count) {
         bits.look(cells, row.stride, share);
         bits.classify(count, false);
