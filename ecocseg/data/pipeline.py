@@ -211,7 +211,7 @@ class Stream:
         pending = self._wait(began, lambda seconds: self._steps.get(timeout=seconds), lambda: self._stage)
         if isinstance(pending, BaseException):
             raise pending
-        for sample in pending.samples:
+        for sample in reversed(pending.samples):  # the last first: to be woken for each takes the decoders' time
             self._wait(began, sample.result, lambda: "decoding")
         self.step += 1
         return pending.batches
