@@ -326,7 +326,8 @@ template <typename Task> void each_chunk(Row &row, const float *maps, int64_t fi
         for (int64_t start = 0; start < row.pixels_of(0); start += LANES)
             for (int64_t r = 0; r < row.g.phases; r++) {
                 const int64_t count = std::min<int64_t>(LANES, row.pixels_of(r) - start);
-                if (count > 0) task(row.cells(r, start), row.g.phase_share[r], y * row.g.pixels_wide + r + start * row.g.phases, count);
+                const int64_t at = y * row.g.pixels_wide + r + start * row.g.phases;
+                if (count > 0) task(row.cells(r, start), row.g.phase_share[r], at, count);
             }
     }
 }
@@ -372,13 +373,14 @@ struct Bits {
     std::vector<Floats> value;      // [K and some zeros]: p - 1/2
     std::vector<Floats> score;      // [N]: sum of the values of the codeword's ones; (K - distance) / 2, but for what all share
     std::vector<Words> ones, hope, shared;  // [2 X]: p >= 1/2; bits surer than the threshold; bits taken from the codeword
-    Floats sure_sum;              // sum over bits of |p - 1/2|
+    Floats sure_sum;                // sum over bits of |p - 1/2|
     Ints label = {};
     int64_t least_distance, nearest = 0;  // nearest: the class of the last pixel, often the next one's too
 
     Bits(int64_t num_bits, int64_t num_classes, const uint64_t *codewords)
         : num_bits(num_bits), num_classes(num_classes), halves((num_bits + 63) / 64 * 2), codewords(codewords),
-          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), score(num_classes), ones(halves), hope(halves), shared(halves), least_distance(num_bits) {
+          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), score(num_classes), ones(halves), hope(halves), shared(halves),
+          least_distance(num_bits) {
         for (int64_t k = 0; k < num_bits; k += NIBBLE)
             for (int64_t n = 0; n < num_classes; n++)
                 patterns.push_back(codewords[k / 64 * num_classes + n] >> (k % 64) & (SUMS - 1));
