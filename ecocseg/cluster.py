@@ -52,9 +52,11 @@ def start_ray() -> None:
     if on_cluster:
         options["runtime_env"] = _runtime_env(quiet)
     else:
-        path = os.pathsep.join([str(_package().parent)] + [p for p in [os.environ.get("PYTHONPATH")] if p])
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": own_cores(),
-                    "runtime_env": {"env_vars": {"PYTHONPATH": path, **quiet}}}
+        # By this process's own environment, which Ray's inherit: with a runtime environment the workers that Ray starts with
+        # would be of no use, and others be started in their place.
+        path = [str(_package().parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": own_cores()}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with contextlib.nullcontext() if on_cluster else _deaf_children():

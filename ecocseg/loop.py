@@ -92,12 +92,33 @@ class Session:
         self.rank_times = RankTimes(world.device)
         self.damage_counts: dict[str, float] = {}
         self.damage_lists: dict[str, damage.DamageList] = {}
-        self._build()
+        torch.manual_seed(config.train.seed)
+        try:
+            self._open_streams()
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_streams(self) -> None:
+        """Find the newest whole checkpoint, if there is one, and begin to read what follows it while the model is built."""
+        config = self.config
+        self.manifests = streams.load_manifests(config)
+        self.micro_batches = batching.micro_batches(config, self.world.size)
+        self.found = self.checkpoints.newest()
+        if self.found is not None:
+            self.step = self.found[0].step
+        for name in config.streams:
+            manifest = self.manifests["labeled" if name == "labeled" else "unlabeled"]
+            stream = streams.open_stream(config, name, manifest, self.world, self.step, self.micro_batches)
+            known = damage.DamageList(self.storage, join(self.run_url, f"damaged-{name}.tsv"), manifest)
+            if self.world.rank == 0:  # what was met before a restart counts on
+                stream.damaged.update(known.read())
+            stream.warn, stream.on_limit = self._say, partial(known.add, stream.damaged)
+            self.streams[name], self.damage_lists[name] = stream.start(), known
 
     def _build(self) -> None:
         config, world = self.config, self.world
-        torch.manual_seed(config.train.seed)
-        self.manifests = streams.load_manifests(config)
         self.classes = self.manifests["labeled"].classes
         self.book = checkpoint.build_codebook(config.coding, self.classes)
         streams.check_codebooks(config, self.manifests, self.book)
@@ -113,7 +134,6 @@ class Session:
         if config.engine.sync_batch_norm and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model: Any = model
-        self.micro_batches = batching.micro_batches(config, world.size)
         self.memory = memory.check(config, model, world, self.micro_batches)
         pretrained = None
         if config.method.feature_distance > 0:
@@ -140,24 +160,16 @@ class Session:
                                    config.train.labeled_batch // (world.size * self.micro_batches), skip)
 
     def start(self, tracker: TrackerFactory | None) -> None:
-        """Go on from the newest whole checkpoint, if there is one, and open the streams at its step."""
-        found = self.checkpoints.newest()
-        if found is not None:
-            self._restore(*found)
+        """Go on from the checkpoint that was found, or say that training begins."""
+        if self.found is not None:
+            self._restore(*self.found)
+            self.found = None  # as large as the model
         elif self.world.rank == 0:
             self._say(f"training from step 0: {self.model_line()}; {self.batch_line()}")
         if self.world.rank == 0 and tracker is not None:
             self.tracker = tracker(self.step + 1, self._progress)
             for record in read_metrics(self.tracker.directory):  # a resumed run watches on from what it saw
                 self.watch.update(record["step"], record)
-        for name in self.config.streams:
-            manifest = self.manifests["labeled" if name == "labeled" else "unlabeled"]
-            stream = streams.open_stream(self.config, name, manifest, self.world, self.step, self.micro_batches)
-            known = damage.DamageList(self.storage, join(self.run_url, f"damaged-{name}.tsv"), manifest)
-            if self.world.rank == 0:  # what was met before a restart counts on
-                stream.damaged.update(known.read())
-            stream.warn, stream.on_limit = self._say, partial(known.add, stream.damaged)
-            self.streams[name], self.damage_lists[name] = stream, known
 
     def _restore(self, snapshot: checkpoint.Snapshot, passed_over: list[str]) -> None:
         where = f"checkpoint of step {snapshot.step}"
@@ -169,7 +181,7 @@ class Session:
         if self.teacher is not None and snapshot.teacher is not None:
             self.teacher.module.load_state_dict(snapshot.teacher)
             self.teacher.updates = snapshot.meta["teacher_updates"]
-        self.step, self.best = snapshot.step, snapshot.meta["best"]
+        self.best = snapshot.meta["best"]
         self.saver.newest = self.step
         if self.world.rank == 0:
             for message in passed_over:

@@ -17,11 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ecocseg import google
 from ecocseg.errors import InputError, StorageUnavailable
-from ecocseg.tensor_file import TensorFile
+
+if TYPE_CHECKING:  # torch comes with it, which what only reads does not need
+    from ecocseg.tensor_file import TensorFile
 
 Answer = TypeVar("Answer")
 PIECE_BYTES = 32 << 20
@@ -371,7 +373,7 @@ _JITTER = random.Random()
 def _span(source: bytes | Path | TensorFile, first: int, size: int) -> bytes:
     if isinstance(source, bytes):
         return source[first:first + size]
-    if isinstance(source, TensorFile):
+    if not isinstance(source, Path):
         return source.read(first, size)
     with open(source, "rb") as file:
         file.seek(first)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -23,7 +23,9 @@ import pyarrow.fs as pafs
 from ecocseg import google
 from ecocseg.errors import InputError, StorageUnavailable
 from ecocseg.s3 import S3, S3File
-from ecocseg.tensor_file import TensorFile
+
+if TYPE_CHECKING:  # torch comes with it, which what only reads does not need
+    from ecocseg.tensor_file import TensorFile
 
 
 def join(url: str, *parts: str) -> str:
@@ -144,7 +146,7 @@ class Storage:
             s3.put(bucket, path, data)
             return
         with _new_file(url, path) as file:
-            file.writelines(data.pieces() if isinstance(data, TensorFile) else [data])
+            file.writelines([data] if isinstance(data, bytes) else data.pieces())
 
     def create(self, url: str, data: bytes) -> bool:
         """Write a small file unless there is one; of several who try at once, one is told that it did.

@@ -71,21 +71,31 @@ def unique_megabytes() -> dict[str, float]:
     return found
 
 
-def case(args: argparse.Namespace) -> dict[str, float]:
-    """One pass (or, with --seconds 0, one batch) in a Ray of its own."""
+def case(args: argparse.Namespace) -> dict[str, Any]:
+    """One pass over a pool in a Ray of its own; with --case starts, first batches of both pools in turn, in one Ray that
+    has been used once: its own start takes tens of seconds on two cores, and varies by more than what is looked for."""
     import ray
 
     from ecocseg.launch import start_ray
 
     start_ray()
     task = ray.remote(stream_pass).options(num_cpus=0.5)
-    steps = 1 if args.seconds == 0 else 0
-    workers = [task.remote(rank, args.url, Storage(endpoint=args.endpoint), steps) for rank in range(WORKERS)]
+    storage = Storage(endpoint=args.endpoint)
+    if args.case == "starts":
+        urls = args.url.split(",")
+        found: dict[str, list[float]] = {url: [] for url in urls}
+        for turn in range(args.repeats + 1):
+            for url in urls[::1 if turn % 2 else -1]:
+                first = max(ray.get([task.remote(rank, url, storage, 1) for rank in range(WORKERS)]))
+                if turn:
+                    found[url].append(first)
+        return found
+    workers = [task.remote(rank, args.url, storage, 0) for rank in range(WORKERS)]
     peak: dict[str, float] = {"trainers": 0.0, "ingest": 0.0}
     while ray.wait(workers, num_returns=WORKERS, timeout=0.2)[1]:
-        if steps == 0:
-            peak = {kind: max(peak[kind], now) for kind, now in unique_megabytes().items()}
-    return {"first_batch": max(ray.get(workers)), **peak}
+        peak = {kind: max(peak[kind], now) for kind, now in unique_megabytes().items()}
+    ray.get(workers)
+    return peak
 
 
 def pool_table(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -97,29 +107,29 @@ def pool_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         for number in sizes:
             write_shards(records(number), f"s3://ingest/{number}", dataset="pool", classes=CLASS_LISTS["voc"],
                          shard_bytes=SHARD_BYTES, storage=Storage(endpoint=endpoint))
-        starts: dict[int, list[float]] = {number: [] for number in sizes}
-        for _ in range(args.repeats):
-            for number in sizes:
-                starts[number].append(_in_own_process(endpoint, number, 0)["first_batch"])
-        passes = {number: _in_own_process(endpoint, number, 1) for number in sizes}
+        urls = [f"s3://ingest/{number}" for number in sizes]
+        starts = _in_own_process("starts", endpoint, ",".join(urls), args.repeats)
+        passes = [_in_own_process("pass", endpoint, url, 1) for url in urls]
     finally:
         server.terminate()
     rows = []
     print(f"{WORKERS} workers, global batch {BATCH}, images of {SIDE} x {SIDE}, an S3 server here, {os.cpu_count()} cores")
-    for number in sizes:
-        row = {"images": number, "first_batch": statistics.median(starts[number]), "all": starts[number],
-               "trainers_mb": passes[number]["trainers"], "ingest_mb": passes[number]["ingest"]}
+    for number, url, peak in zip(sizes, urls, passes, strict=True):
+        first = sorted(starts[url])
+        row = {"images": number, "first_batch": statistics.median(first), "all": first,
+               "trainers_mb": peak["trainers"], "ingest_mb": peak["ingest"]}
         rows.append(row)
-        print(f"{number:>8} images: first batch after {row['first_batch']:.2f} s (median of {args.repeats}), peak USS of "
-              f"trainers {row['trainers_mb']:.0f} MB, of ingest {row['ingest_mb']:.0f} MB", flush=True)
+        print(f"{number:>8} images: first batch after {row['first_batch']:.2f} s (median of {args.repeats}, {first[0]:.2f} "
+              f"to {first[-1]:.2f}), peak USS of trainers {peak['trainers']:.0f} MB, of ingest {peak['ingest']:.0f} MB",
+              flush=True)
     return rows
 
 
-def _in_own_process(endpoint: str, number: int, seconds: int) -> dict[str, float]:
-    command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "pool", "--case", "pass", "--url",
-               f"s3://ingest/{number}", "--endpoint", endpoint, "--seconds", str(seconds)]
+def _in_own_process(kind: str, endpoint: str, url: str, repeats: int) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "pool", "--case", kind, "--url", url,
+               "--endpoint", endpoint, "--repeats", str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the pass over {number} images failed:\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{kind} of {url} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

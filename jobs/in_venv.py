@@ -26,7 +26,8 @@ def main() -> None:
     if not STAMP.exists() or STAMP.read_text() != wanted:
         print("installing into .venv (about 6 GB with torch's GPU libraries, some minutes) ...", flush=True)
         venv.create(HOME, with_pip=True)
-        done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        # Not compiled: that takes as long as all the rest, for modules of which a run imports a quarter.
+        done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
                                "-c", ROOT / "constraints.txt", "-e", f"{ROOT}[test]"])
         if done.returncode:
             sys.exit("error: the installation failed, see above; mend it and call the same command again")

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from ecocseg.config import RunConfig, validate  # noqa: E402
 from ecocseg.data.classes import ClassList  # noqa: E402
 from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # noqa: E402
+from ecocseg.storage import Storage  # noqa: E402
 
 LONGEST = ("test_ray", "test_kernels", "test_toy", "test_ssl_methods", "test_stpp", "test_labelling", "test_pipeline",
            "test_sweep_runs", "test_loop")
@@ -118,3 +120,32 @@ def tiny_plain(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_config(data: Path, runs: Path, **changes: Any) -> RunConfig:
     return validate(tiny_plain(data, runs, **changes))
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    """Address of an S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    yield "{}:{}".format(*running.get_host_and_port())
+    running.stop()
+
+
+@pytest.fixture
+def server(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of an S3 server with an empty bucket."""
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client = boto3.client("s3", endpoint_url=f"http://{moto}", region_name="us-east-1")
+    if any(bucket["Name"] == "bucket" for bucket in client.list_buckets()["Buckets"]):
+        Storage(endpoint=f"http://{moto}").delete("s3://bucket/test")
+    else:
+        client.create_bucket(Bucket="bucket")
+    return moto

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = 255
 COSINE_EPS = 1e-3
@@ -183,3 +183,21 @@ def dice(logits_BKHW: Tensor, labels_BHW: Tensor, bits_BKHW: Tensor, weight_BHW:
     total = sum(1 - (2 * sum(w * v * t for w, v, t in one) + 1e-5) / (sum(w * (v * v + t * t) for w, v, t in one) + 1e-5)
                 for one in maps)
     return total / len(maps) * sum(weights) / len(weights)
+
+
+class PixelStudent(nn.Module):
+    """Each pixel by itself, in float64; it keeps what it was shown."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Conv2d(3, outputs, 1).double()
+        self.seen: list[Tensor] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.seen.append(image.detach().clone())
+        return self.layer(image.double()) * 4
+
+    def logits(self, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.layer(image.double()) * 4

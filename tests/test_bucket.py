@@ -9,12 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import psutil
 import pytest
@@ -22,7 +20,6 @@ import torch
 import yaml
 from conftest import scene, tiny_config, tiny_plain
 from faulty_s3 import FAULTS, FaultyS3
-from moto.server import ThreadedMotoServer
 
 from ecocseg import launch, loop, streams
 from ecocseg.checkpoint import Checkpoints, Snapshot
@@ -34,29 +31,9 @@ from ecocseg.storage import Storage, join
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    yield "{}:{}".format(*running.get_host_and_port())
-    running.stop()
-
-
-@pytest.fixture
-def server(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Address of an S3 server with an empty bucket; new tries come at once."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+@pytest.fixture(autouse=True)
+def new_tries_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecocseg.s3.FIRST_PAUSE", 0.01)
-    client = boto3.client("s3", endpoint_url=f"http://{moto}", region_name="us-east-1")
-    if any(bucket["Name"] == "bucket" for bucket in client.list_buckets()["Buckets"]):
-        Storage(endpoint=f"http://{moto}").delete("s3://bucket/test")
-    else:
-        client.create_bucket(Bucket="bucket")
-    return moto
 
 
 def patient(url: str) -> Storage:

@@ -137,3 +137,10 @@ assert not helpers, helpers
 def test_libraries_that_take_seconds_are_imported_when_used_and_without_what_is_not_used() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_reads_shards_needs_no_torch() -> None:
+    """Ray starts such processes beside every worker; torch would be most of the time that they take to begin."""
+    read = "import sys; import ecocseg.data.reading, ecocseg.data.shards; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

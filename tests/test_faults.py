@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import boto3
 import psutil
 import pytest
 import torch
@@ -27,7 +26,6 @@ import torch.multiprocessing as mp
 import yaml
 from conftest import tiny_config, tiny_plain
 from faulty_s3 import FaultyS3
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -245,29 +243,6 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(tiny: Path, tmp_path: P
     assert run.saved() == [3] and [path.name for path in Path(run.url, "checkpoints").iterdir()] == ["step_00000003"]
     run.train()
     assert run.losses() == whole.losses() and run.saved() == [6, 8]
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    yield "{}:{}".format(*running.get_host_and_port())
-    running.stop()
-
-
-@pytest.fixture
-def server(moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    client = boto3.client("s3", endpoint_url=f"http://{moto}", region_name="us-east-1")
-    if any(bucket["Name"] == "bucket" for bucket in client.list_buckets()["Buckets"]):
-        Storage(endpoint=f"http://{moto}").delete("s3://bucket/test")
-    else:
-        client.create_bucket(Bucket="bucket")
-    return moto
 
 
 def test_a_bucket_that_refuses_writes_for_a_while_is_waited_out(

@@ -131,6 +131,7 @@ def test_a_model_that_cannot_be_estimated_is_said_to_be(tmp_path: Path, tiny: Pa
     assert "memory about" in session.batch_line()
     session.memory = None
     assert "memory not estimated" in session.batch_line()
+    session.close()
 
 
 def test_a_weight_for_each_share_of_the_batch_is_said() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from reference import PixelStudent
 from torch import Tensor, nn
 
 from ecocseg.codebook import max_min
@@ -40,27 +41,9 @@ def make_batch(seed: int, labeled: bool) -> Batch:
                  labels=labels if labeled else None, valid=valid, positions=torch.tensor([10, 11]), image_ids=["a", "b"])
 
 
-class Recorder(nn.Module):
-    """A student in float64 that keeps what it was shown."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = nn.Conv2d(3, outputs, 1).double()
-        self.seen: list[Tensor] = []
-
-    def forward(self, image: Tensor) -> Tensor:
-        self.seen.append(image.detach().clone())
-        return self.layer(image.double()) * 4
-
-    def logits(self, image: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.layer(image.double()) * 4
-
-
-def run(kind: str, **options: Any) -> tuple[Recorder, Any, StepInput, list[Tensor]]:
+def run(kind: str, **options: Any) -> tuple[PixelStudent, Any, StepInput, list[Tensor]]:
     coding = coding_of(kind)
-    student = Recorder(coding.num_outputs)
+    student = PixelStudent(coding.num_outputs)
     teacher = Teacher(student, 0.9)
     teacher.module.double()
     method = METHODS["self_training"](MethodConfig(**{**PLAIN, **options}), coding, IDENTITY)
@@ -128,7 +111,7 @@ def test_draws_depend_on_step_and_seed_alone() -> None:
     images = [run("ecoc")[0].seen[1] for _ in range(2)]
     assert torch.equal(*images)
     coding = coding_of("ecoc")
-    student = Recorder(coding.num_outputs)
+    student = PixelStudent(coding.num_outputs)
     method = METHODS["self_training"](MethodConfig(), coding, IDENTITY)
     seen = []
     for step, seed in ((4, 0), (5, 0), (4, 1)):
@@ -176,7 +159,7 @@ def test_teacher_is_the_average_of_its_students() -> None:
 def test_with_feature_distance_labels_are_learned_and_shown_as_without(kind: str) -> None:
     coding = coding_of(kind)
 
-    class Student(Recorder):
+    class Student(PixelStudent):
         def forward(self, image: Tensor, return_features: bool = False) -> Any:
             logits = super().forward(image)
             return (logits, image[:, :, ::4, ::4]) if return_features else logits

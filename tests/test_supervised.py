@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from torch import Tensor, nn
+from reference import PixelStudent
+from torch import Tensor
 
 from ecocseg.codebook import max_min
 from ecocseg.coding import EcocCoding, OneHotCoding
@@ -20,23 +21,6 @@ from ecocseg.methods import METHODS, StepInput
 N, K, SIDE = 5, 11, 8  # more bits than a plane of 8 holds
 CODINGS = ("one_hot", "ecoc")
 IDENTITY = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-
-class Student(nn.Module):
-    """A pixel by itself, in float64; it keeps what it was shown."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer, self.seen = nn.Conv2d(3, outputs, 1).double(), []
-
-    def forward(self, image: Tensor) -> Tensor:
-        self.seen.append(image.detach().clone())
-        return self.layer(image.double()) * 4
-
-    def logits(self, image: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.layer(image.double()) * 4
 
 
 def make_batch(seed: int, pseudo: bool = False) -> Batch:
@@ -52,11 +36,11 @@ def make_batch(seed: int, pseudo: bool = False) -> Batch:
                  weight=torch.tensor([0.25, 1.0, 0.625]) if pseudo else None)
 
 
-def run(kind: str, pool: bool = False, **options: Any) -> tuple[list[list[int]] | None, Student, StepInput, list[float]]:
+def run(kind: str, pool: bool = False, **options: Any) -> tuple[list[list[int]] | None, PixelStudent, StepInput, list[float]]:
     """Codewords, student, step and the losses of its parts."""
     book = max_min(N, K, 0)
     coding: Any = OneHotCoding(N) if kind == "one_hot" else EcocCoding(book)
-    student = Student(coding.num_outputs)
+    student = PixelStudent(coding.num_outputs)
     settings = {"kind": "supervised", "pseudo_labels": pool, "jitter_probability": 0.0, "blur_probability": 0.0, **options}
     method = METHODS["supervised"](MethodConfig.model_validate(settings), coding, IDENTITY)
     given = StepInput(3, 5, make_batch(1), make_batch(2, kind == "ecoc") if pool else None, student, None, nullcontext)
