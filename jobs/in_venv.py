@@ -26,11 +26,13 @@ def main() -> None:
     if not STAMP.exists() or STAMP.read_text() != wanted:
         print("installing into .venv (about 6 GB with torch's GPU libraries, some minutes) ...", flush=True)
         venv.create(HOME, with_pip=True)
-        # Not compiled: that takes as long as all the rest, for modules of which a run imports a quarter.
+        # pip compiles modules one after another, which takes as long as all the rest; all cores do it in half of that or less.
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
                                "-c", ROOT / "constraints.txt", "-e", f"{ROOT}[test]"])
         if done.returncode:
             sys.exit("error: the installation failed, see above; mend it and call the same command again")
+        libraries = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+        subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", libraries.strip()])  # some files are no Python of today
         STAMP.write_text(wanted)
     if len(sys.argv) > 1:
         if os.name == "posix":  # in place of this process, so that signals reach the command itself
