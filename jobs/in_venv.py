@@ -26,7 +26,7 @@ def main() -> None:
     if not STAMP.exists() or STAMP.read_text() != wanted:
         print("installing into .venv (about 6 GB with torch's GPU libraries, some minutes) ...", flush=True)
         venv.create(HOME, with_pip=True)
-        # pip compiles modules one after another, which takes as long as all the rest; all cores do it in half of that or less.
+        # pip compiles modules one after another; here all cores do.
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
                                "-c", ROOT / "constraints.txt", "-e", f"{ROOT}[test]"])
         if done.returncode:
