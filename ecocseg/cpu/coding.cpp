@@ -35,21 +35,18 @@ inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & ~SIGN); }
 inline Floats root(Floats x) { Floats y; for (int i = 0; i < LANES; i++) y[i] = std::sqrt(x[i]); return y; }
 
-// exp and log by range reduction and Cephes' polynomials (S. Moshier), 1e-7 relative; of each lane.
-inline Floats fast_exp(Floats x) {  // of numbers up to 88
-    const Floats least = Floats{} - 87.f;
+// exp of each lane, for numbers up to 88: 2^n by the exponent's bits, times a polynomial of the rest (minimax; 2e-7 relative).
+inline Floats fast_exp(Floats x) {
+    const Floats least = Floats{} - 86.f;
     x = least > x ? least : x;  // NaN stays NaN
-    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
-    const Floats shifted = x * 1.44269504f + magic;
-    const Floats n = shifted - magic;
-    Floats y = x - n * 0.693359375f;
-    y = y + n * 2.12194440e-4f;
-    Floats p = y * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * y + 8.3334519073e-3f;
-    p = p * y + 4.1665795894e-2f;
-    p = p * y + 1.6666665459e-1f;
-    p = p * y + 5.0000001201e-1f;
-    p = p * y * y + y + 1.f;
+    const float log2_e = 1.44269504f, magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
+    const Floats shifted = x * log2_e + magic;
+    const Floats rest = x * log2_e - (shifted - magic);  // from -1/2 to 1/2
+    Floats p = rest * 1.3264727e-3f + 9.6715128e-3f;
+    p = p * rest + 5.5507337e-2f;
+    p = p * rest + 2.4022242e-1f;
+    p = p * rest + 6.9314698e-1f;
+    p = p * rest + 1.f;
     return p * (Floats)(((Words)shifted - 0x4B400000u + 127u) << 23);
 }
 
@@ -57,18 +54,17 @@ constexpr int GROUP = 4;
 
 // Reciprocals of GROUP numbers from 1 to 2 by one division, which takes as long as ten products. Returns their product.
 inline Floats reciprocals(const Floats *number, Floats *reciprocal) {
-    Floats product[GROUP] = {number[0]};
-    for (int j = 1; j < GROUP; j++) product[j] = product[j - 1] * number[j];
-    Floats rest = 1.f / product[GROUP - 1];
-    for (int j = GROUP - 1; j > 0; j--) {
-        reciprocal[j] = rest * product[j - 1];
-        rest *= number[j];
-    }
-    reciprocal[0] = rest;
-    return product[GROUP - 1];
+    const Floats front = number[0] * number[1], back = number[2] * number[3], product = front * back, rest = 1.f / product;
+    const Floats per_front = rest * back, per_back = rest * front;
+    reciprocal[0] = per_front * number[1];
+    reciprocal[1] = per_front * number[0];
+    reciprocal[2] = per_back * number[3];
+    reciprocal[3] = per_back * number[2];
+    return product;
 }
 
-inline Floats fast_log(Floats x) {  // of positive, normal numbers
+// log of positive, normal numbers by range reduction and Cephes' polynomial (S. Moshier), 1e-7 relative.
+inline Floats fast_log(Floats x) {
     const Words bits = (Words)x - 0x3F3504F3u;  // mantissa in [sqrt(1/2), sqrt(2))
     const Floats e = __builtin_convertvector((Ints)bits >> 23, Floats);
     const Floats m = (Floats)((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.f;
@@ -210,8 +206,8 @@ struct TileTarget {
     }
 };
 
-inline Floats with_sign(Floats value, Words zeros, int bit) {  // -value where the target's bit is 0
-    return (Floats)((Words)value ^ ((zeros >> bit) << 31));
+inline Floats with_sign(Floats value, Words zeros) {  // -value where the target's bit, the lowest one here, is 0
+    return (Floats)((Words)value ^ (zeros << 31));
 }
 
 inline Floats with_sign_of(Floats size, Floats sign) { return (Floats)((Words)size | ((Words)sign & SIGN)); }
@@ -235,11 +231,12 @@ void ecoc_pixels(Row &row, const TileTarget &target, int64_t num_bits, int64_t n
     for (int64_t k = 0; k < num_bits; k += GROUP) {
         const int64_t count = std::min<int64_t>(GROUP, num_bits - k);
         Floats doubt[GROUP] = {one, one, one, one}, sure[GROUP];  // sure: max(p, 1 - p)
-        for (int64_t j = 0; j < count; j++) {
+        Words zero = load(zeros + k / 32 * TILE) >> k % 32;
+        for (int64_t j = 0; j < count; j++, zero >>= 1) {
             const Floats v = load(values + (k + j) * TILE), a = magnitude(v);
             size += a;
             square += a * a;
-            dot += with_sign(v, load(zeros + k / 32 * TILE), k % 32 + j);
+            dot += with_sign(v, zero);
             doubt[j] = 1.f + fast_exp(-a);
         }
         doubts *= reciprocals(doubt, sure);
@@ -283,9 +280,11 @@ void ecoc_pixels(Row &row, const TileTarget &target, int64_t num_bits, int64_t n
     if (!GRADIENT) return;
     const Floats to_target = slope * w * scale, pull = w * (o.bce / num_bits), sign_slope = to_target - 0.5f * pull;
     radial = norm > COSINE_EPS ? (radial + to_target * dot) * inverse * inverse : Floats{};
-    for (int64_t k = 0; k < num_bits; k++) {
+    Words zero = {};
+    for (int64_t k = 0; k < num_bits; k++, zero >>= 1) {
+        if (k % 32 == 0) zero = load(zeros + k / 32 * TILE);
         const Floats half = load(gradient + k * TILE), v = load(values + k * TILE);
-        store(gradient + k * TILE, half * pull - v * radial + with_sign(sign_slope, load(zeros + k / 32 * TILE), k % 32));
+        store(gradient + k * TILE, half * pull - v * radial + with_sign(sign_slope, zero));
     }
 }
 
@@ -369,8 +368,9 @@ constexpr int NIBBLE = 4, SUMS = 1 << NIBBLE;
 struct Bits {
     const int64_t num_bits, num_classes, halves;
     const uint64_t *codewords;      // [X, N]
-    std::vector<uint8_t> patterns;  // [K / NIBBLE, N]: the codewords' bits, NIBBLE at a time
+    std::vector<uint32_t> places;   // [N, K / NIBBLE]: where in `sums` those of the codewords' bits are, in bytes
     std::vector<Floats> value;      // [K and some zeros]: p - 1/2
+    std::vector<Floats> sums;       // [K / NIBBLE, SUMS]: of the values of the bits set in each pattern
     std::vector<Floats> score;      // [N]: sum of the values of the codeword's ones; (K - distance) / 2, but for what all share
     std::vector<Words> ones, hope, shared;  // [2 X]: p >= 1/2; bits surer than the threshold; bits taken from the codeword
     Floats sure_sum;                // sum over bits of |p - 1/2|
@@ -379,11 +379,11 @@ struct Bits {
 
     Bits(int64_t num_bits, int64_t num_classes, const uint64_t *codewords)
         : num_bits(num_bits), num_classes(num_classes), halves((num_bits + 63) / 64 * 2), codewords(codewords),
-          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), score(num_classes), ones(halves), hope(halves), shared(halves),
+          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), sums(value.size() / NIBBLE * SUMS), score(num_classes), ones(halves), hope(halves), shared(halves),
           least_distance(num_bits) {
-        for (int64_t k = 0; k < num_bits; k += NIBBLE)
-            for (int64_t n = 0; n < num_classes; n++)
-                patterns.push_back(codewords[k / 64 * num_classes + n] >> (k % 64) & (SUMS - 1));
+        for (int64_t n = 0; n < num_classes; n++)
+            for (int64_t k = 0; k < num_bits; k += NIBBLE)
+                places.push_back(sizeof(Floats) * (k / NIBBLE * SUMS + (codewords[k / 64 * num_classes + n] >> k % 64) % SUMS));
         for (int64_t n = 0; n < num_classes; n++)
             for (int64_t m = 0; m < n; m++) {
                 int64_t distance = 0;
@@ -404,27 +404,29 @@ struct Bits {
 
     // Probabilities of the bits of pixels between these cells of each map and the next.
     void look(const float *cells, int64_t stride, float share) {
-        sure_sum = Floats{};
+        const Floats one = Floats{} + 1.f;
+        Floats sum = {};
         for (int64_t x = 0; x < halves; x++) {
-            Words below = {};
-            for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k += GROUP) {
-                const int64_t count = std::min<int64_t>(GROUP, num_bits - k);
-                const Floats one = Floats{} + 1.f;
+            Words below = {};  // a bit enters at the top and moves down as others follow
+            const int64_t end = std::min(32 * (x + 1), num_bits);
+            for (int64_t k = 32 * x; k < end; k += GROUP) {
+                const int64_t count = std::min<int64_t>(GROUP, end - k);
                 Floats logit[GROUP], doubt[GROUP] = {one, one, one, one}, sure[GROUP];
                 for (int64_t j = 0; j < count; j++) {
                     const float *at = cells + (k + j) * stride;
                     logit[j] = load(at) + share * (load(at + 1) - load(at));
                     doubt[j] = 1.f + fast_exp(-magnitude(logit[j]));
-                    below |= (Words)(logit[j] < 0.f) & (1u << (k % 32 + j));
+                    below = below >> 1 | ((Words)(logit[j] < 0.f) & SIGN);
                 }
                 reciprocals(doubt, sure);
                 for (int64_t j = 0; j < count; j++) {
-                    sure_sum += sure[j] - 0.5f;
+                    sum += sure[j] - 0.5f;
                     value[k + j] = with_sign_of(sure[j] - 0.5f, logit[j]);
                 }
             }
-            ones[x] = ~below & all_bits(x);
+            ones[x] = end > 32 * x ? ~below >> (32 * (x + 1) - end) : Words{};
         }
+        sure_sum = sum;
     }
 
     // Whether a class is nearest for certain, by its differing bits alone. With d = least_distance, e of the K bits differ from
@@ -453,21 +455,28 @@ struct Bits {
     // Scores of all classes, and the largest. A class's score is a sum over NIBBLE bits at a time, of which all sums are made
     // first: 11 additions for 4 bits, and each class needs one more, where it would need 4 multiplications.
     void decode() {
-        Floats sum[SUMS] = {};
-        std::fill(score.begin(), score.end(), Floats{});
-        for (int64_t k = 0; k < num_bits; k += NIBBLE) {
+        const int64_t nibbles = value.size() / NIBBLE;
+        for (int64_t i = 0; i < nibbles; i++) {
+            Floats *sum = sums.data() + i * SUMS;
+            const Floats *bit = value.data() + i * NIBBLE;
             for (int j = 0; j < NIBBLE; j++)
-                for (int p = 0; p < 1 << j; p++) sum[p + (1 << j)] = sum[p] + value[k + j];
-            const uint8_t *pattern = patterns.data() + k / NIBBLE * num_classes;
-            for (int64_t n = 0; n < num_classes; n++) score[n] += sum[pattern[n]];
+                for (int p = 0; p < 1 << j; p++) sum[p + (1 << j)] = sum[p] + bit[j];
         }
-        label = first_largest();
+        for (int64_t n = 0; n < num_classes; n++) {
+            const uint32_t *of_class = places.data() + n * nibbles;
+            Floats total = {};
+            for (int64_t i = 0; i < nibbles; i++) total += load((const float *)((const char *)sums.data() + of_class[i]));
+            score[n] = total;
+        }
+        label = first_largest(Ints{} - 1);
     }
 
-    Ints first_largest() const {
-        Floats best = score[0];
+    // The class of the largest score, and from now on without these classes.
+    Ints first_largest(Ints without) {
+        Floats best = Floats{} - INFINITY;
         Ints place = {};
-        for (int64_t n = 1; n < num_classes; n++) {
+        for (int64_t n = 0; n < num_classes; n++) {
+            score[n] = without == (int32_t)n ? Floats{} - INFINITY : score[n];
             const Ints better = score[n] > best;
             place = better ? Ints{} + (int32_t)n : place;
             best = better ? score[n] : best;
@@ -479,12 +488,14 @@ struct Bits {
     void mine(Ints open, float reliability, int64_t limit) {
         std::vector<Words> &still = agreed;
         for (int64_t x = 0; x < halves; x++) {
-            hope[x] = Words{};
-            still[x] = Words{} + all_bits(x);
-            for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k++) {
+            const int64_t end = std::min(32 * (x + 1), num_bits);
+            Words surer = {};
+            for (int64_t k = 32 * x; k < end; k++) {
                 value[k] = magnitude(value[k]) - (reliability - 0.5f);  // surplus
-                hope[x] |= (Words)(value[k] > 0.f) & (1u << k % 32);
+                surer = surer >> 1 | ((Words)(value[k] > 0.f) & SIGN);
             }
+            hope[x] = end > 32 * x ? surer >> (32 * (x + 1) - end) : Words{};
+            still[x] = Words{} + all_bits(x);
         }
         Ints next = label;
         for (int64_t candidates = 2; candidates <= limit; candidates++) {
@@ -492,23 +503,30 @@ struct Bits {
             for (int64_t x = 0; x < halves; x++) hopeful |= still[x] & hope[x];
             open &= (Ints)(hopeful != 0u);
             if (!any(open)) return;
-            for (int i = 0; i < LANES; i++) score[next[i]][i] = -INFINITY;
-            next = first_largest();
-            Floats surplus = {};
+            next = first_largest(next);
+            Floats sum[GROUP] = {};  // of the surplus, in parts: additions one after another would be waited for
             hopeful = Words{};
             for (int64_t x = 0; x < halves; x++) {
-                for (int i = 0; i < LANES; i++) {
-                    const uint64_t *codes = codewords + x / 2 * num_classes;
-                    still[x][i] &= ~(uint32_t)((codes[next[i]] ^ codes[label[i]]) >> 32 * (x % 2));
-                }
+                still[x] &= ~differing(next, x);
                 hopeful |= still[x] & hope[x];
-                for (int64_t k = 32 * x; k < std::min(32 * (x + 1), num_bits); k++)
-                    surplus += (Floats)((Words)value[k] & (Words)((Ints)(still[x] << (31 - k % 32)) >> 31));
+                Words kept = still[x];
+                for (int64_t k = 32 * x; k < std::min(32 * (x + 1), (int64_t)value.size()); k += GROUP, kept >>= GROUP)
+                    for (int j = 0; j < GROUP; j++)
+                        sum[j] += (Floats)((Words)value[k + j] & (Words)((Ints)(kept << (31 - j)) >> 31));
             }
+            const Floats surplus = (sum[0] + sum[1]) + (sum[2] + sum[3]);
             const Ints settled = open & (surplus > 0.f) & (Ints)(hopeful != 0u);
             for (int64_t x = 0; x < halves; x++) shared[x] |= still[x] & (Words)settled;
             open &= ~settled;
         }
+    }
+
+    // Bits of a half word in which the codewords of these classes differ from the labels'.
+    Words differing(Ints classes, int64_t x) const {
+        const uint64_t *codes = codewords + x / 2 * num_classes;
+        uint32_t found[LANES];
+        for (int i = 0; i < LANES; i++) found[i] = (uint32_t)((codes[classes[i]] ^ codes[label[i]]) >> 32 * (x % 2));
+        return load(found);
     }
 
     std::vector<Words> agreed = std::vector<Words>(halves);  // while mining: bits on which all candidates agree
