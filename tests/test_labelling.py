@@ -4,6 +4,7 @@ a bucket; rounds by stability; and training from such shards."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import http.client
 import importlib.util
 import io
@@ -120,8 +121,13 @@ def labelled(job, runs, pool, tmp_path_factory):
     return made
 
 
+@functools.cache
+def loaded_from(url):
+    return load(url, "auto", Storage(), torch.device("cpu"))
+
+
 def expected(run, image_3HW, which="step_00000002"):
-    loaded = load(f"{run}/checkpoints/{which}", "auto", Storage(), torch.device("cpu"))
+    loaded = loaded_from(f"{run}/checkpoints/{which}")
     with torch.no_grad():
         logits = loaded.model(loaded.normalize(image_3HW[None]))
     return loaded.coding, loaded.coding.pseudo_label(logits, image_3HW.shape[-2:])

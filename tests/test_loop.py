@@ -210,7 +210,7 @@ def test_loading_for_inference_gives_the_trained_model(tiny: Path, tmp_path: Pat
         checkpoint.load_for_inference(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("kind", ["ecoc", "one_hot"])
+@pytest.mark.parametrize("kind", ["ecoc", pytest.param("one_hot", marks=pytest.mark.slow)])
 def test_a_small_network_learns_the_tiny_scenes(tiny: Path, tmp_path: Path, kind: str) -> None:
     final = train(tiny_config(tiny, tmp_path, coding__kind=kind, train__steps=120, train__log_every=40, train__panels_every=0,
                               train__checkpoint_every=0, optim__lr=0.006, coding__temperature=0.1, coding__distance_weight=0.0,

@@ -19,9 +19,10 @@ from conftest import tiny_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_WORKERS = {"data__loader": "ray", "engine__kind": "deepspeed", "engine__zero_stage": 1, "engine__channels_last": True,
-               "launch__workers": 2}
+               "launch__workers": 2, "train__steps": 18, "train__keep_checkpoints": 4}
+STEPS = TWO_WORKERS["train__steps"]
 
-FIFTH = "checkpoints/step_00000005/complete.json"
+FIFTH, TENTH = (f"checkpoints/step_{step:08d}/complete.json" for step in (5, 10))
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -76,11 +77,11 @@ def train_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def whole_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 10 steps on 2 workers, nothing going wrong."""
+    """The folder of a run of 18 steps on 2 workers, nothing going wrong."""
     folder = tmp_path_factory.mktemp("whole")
     output = finish(start(write_config(folder, tiny_plain(tiny, folder, **TWO_WORKERS))))
     assert "mIoU" in output and "written:" in output
-    assert json.loads((folder / "run/result.json").read_text())["step"] == 10
+    assert json.loads((folder / "run/result.json").read_text())["step"] == STEPS
     return folder / "run"
 
 
@@ -88,44 +89,40 @@ def whole_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(whole_run: Path) -> dict[int, dict[str, Any]]:
     """Its curve."""
     found = curve(whole_run)
-    assert list(found) == list(range(1, 11))
+    assert list(found) == list(range(1, STEPS + 1))
     return found
 
 
-def test_a_killed_worker_is_replaced_and_the_curve_goes_on_bit_for_bit(
+def test_a_killed_worker_is_replaced_then_sigterm_saves_and_a_new_process_ends_the_run_bit_for_bit(
         tiny: Path, tmp_path: Path, whole: dict[int, dict[str, Any]]) -> None:
-    process = start(write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS)))
+    config = write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS))
+    process = start(config)
     wait_for_step(tmp_path / "run", 6, process, FIFTH)
     workers = train_workers(process)
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
-    output = finish(process)
-    assert "going on from step 5" in output
-    assert curve(tmp_path / "run") == whole
-
-
-def test_sigterm_saves_and_a_new_process_goes_on_bit_for_bit(
-        tiny: Path, tmp_path: Path, whole: dict[int, dict[str, Any]]) -> None:
-    config = write_config(tmp_path, tiny_plain(tiny, tmp_path, **TWO_WORKERS, train__checkpoint_every=0))
-    process = start(config)
-    wait_for_step(tmp_path / "run", 3, process)
+    wait_for_step(tmp_path / "run", 10, process, TENTH)
     os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and service managers do: Ray's own processes are sent it as well
     output = process.communicate(timeout=600)[0]
+    assert "going on from step 5" in output
     assert process.returncode == 1 and "go on with --resume" in output, output
-    assert list((tmp_path / "run/checkpoints").glob("step_*/complete.json"))
+    saved = max(int(path.parent.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_*/complete.json"))
+    assert 10 <= saved < STEPS
     output = finish(start(config, "--resume"))
-    assert "going on from step" in output and curve(tmp_path / "run") == whole
+    assert f"going on from step {saved}" in output and curve(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_one_worker_goes_on_from_two(tiny: Path, tmp_path: Path, whole_run: Path, whole: dict[int, dict[str, Any]]) -> None:
     plain = tiny_plain(tiny, tmp_path, **TWO_WORKERS)
     config = write_config(tmp_path, plain)
     shutil.copytree(whole_run, tmp_path / "run")  # as it was before step 10 was saved
-    shutil.rmtree(tmp_path / "run/checkpoints/step_00000010")
+    for step in (10, 15, STEPS):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step:08d}")
     output = finish(start(config, "--resume", "launch.workers=1"))
     assert "going on from step 5 on 1 worker(s)" in output
     after = curve(tmp_path / "run")
-    assert list(after) == list(range(1, 11))
+    assert list(after) == list(range(1, STEPS + 1))
     assert {step: after[step] for step in range(1, 6)} == {step: whole[step] for step in range(1, 6)}
     # the same images from there on; batch norm sees them in one batch instead of two, so losses are near and not equal
     assert abs(after[6]["loss/labeled"] - whole[6]["loss/labeled"]) < 0.5 * whole[6]["loss/labeled"]

@@ -83,8 +83,17 @@ def test_the_dry_run_says_what_was_checked() -> None:
         assert task_text(load(name)) in text and "images a step" in text
 
 
-@pytest.mark.parametrize("coding", ["ecoc", "one_hot"])
-@pytest.mark.parametrize("name", unique_smoke_runs())
+def smoke_runs() -> list[Any]:
+    """Each with ECOC, and the first of a method with one-hot too; the others with one-hot are slow."""
+    names, methods, found = unique_smoke_runs(), set(), []
+    for name in names:
+        kind = load(name).method.kind
+        found += [(name, "ecoc"), pytest.param(name, "one_hot", marks=[pytest.mark.slow] if kind in methods else [])]
+        methods.add(kind)
+    return found
+
+
+@pytest.mark.parametrize(("name", "coding"), smoke_runs())
 def test_a_smoke_variant_trains(name: str, coding: str, tmp_path: Path) -> None:
     """Real steps of the recipe's method through the worker's loop, to its evaluation."""
     config = smoke(load(name), str(tmp_path / "toy")).updated(
