@@ -235,7 +235,8 @@ class DeepSpeedEngine(Engine):
         whole: OptimizerState = {}
         for name, p in self.model.named_parameters():
             whole[name] = {}
-            for key, value in mine.items():
+            for key in sorted(mine):  # each is a collective, and a state that was loaded has its keys in any order
+                value = mine[key]
                 if torch.is_tensor(value) and value.ndim == 0:
                     whole[name][key] = value.detach().cpu().clone()
                 elif torch.is_tensor(value):

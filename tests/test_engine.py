@@ -68,7 +68,8 @@ def train(engine_config: EngineConfig, world: World, steps: int, start: Any = No
               {"params": list(model[1:].parameters()), "weight_decay": 0.0}]
     engine = build_engine(model, groups, OPTIM, engine_config, world, 4 // world.size)
     if start is not None:
-        engine.load_optimizer_state(start["optimizer"])
+        engine.load_optimizer_state({  # as files are read: with keys in another order on each worker
+            name: dict(sorted(state.items(), reverse=world.rank > 0)) for name, state in start["optimizer"].items()})
     first = 0 if start is None else start["step"]
     gradients = take_steps(engine, world, make_batches(steps)[first:])
     return {"gradients": gradients, "model": copy.deepcopy(model.state_dict()), "optimizer": engine.optimizer_state(),
