@@ -21,9 +21,12 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ecocseg.config import RunConfig, validate  # noqa: E402
+from ecocseg.data import reading  # noqa: E402
 from ecocseg.data.classes import ClassList  # noqa: E402
 from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # noqa: E402
 from ecocseg.storage import Storage  # noqa: E402
+
+reading.ITEM_USES = 64  # sets of a few rows are planned some passes ahead, not hundreds: the same batches for less
 
 LONGEST = ("test_ray", "test_kernels", "test_toy", "test_ssl_methods", "test_stpp", "test_labelling", "test_pipeline",
            "test_sweep_runs", "test_loop")

@@ -178,6 +178,7 @@ def test_tiny_sets_are_read_in_few_portions(tmp_path, monkeypatch):
         return plain(request, **rest)
 
     monkeypatch.setattr("ecocseg.data.pipeline.read_rows", counted)
+    monkeypatch.setattr(reading, "ITEM_USES", 1024)  # as it is outside the tests
     batches = take(stream(manifest, global_batch=16), 100)
     ids = [i for b in batches for i in b[0].image_ids]
     assert all(len(set(ids[i : i + 5])) == 5 for i in range(0, 1600, 5))
