@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
@@ -12,17 +11,15 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ecocseg.data.classes import CLASS_LISTS, default_palette
 from ecocseg.data.shards import inspect_record
-from ecocseg.data.sources import acdc_cardiac, ade20k, change, coco, images, voc
+from ecocseg.data.sources import acdc_cardiac, ade20k, change, coco, voc
 from ecocseg.data.sources.lists import read_names
 from ecocseg.data.transforms import decode_image
 from ecocseg.errors import InputError
-from ecocseg.storage import Storage
 
 SIZE = (12, 16)
 
@@ -575,86 +572,6 @@ def test_cardiac_mistakes(heart_root, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(InputError, match="ACDC is read with h5py, which is not installed; pip install h5py"):
         acdc_cardiac.source(heart_root)
-
-
-# ---- any images, without masks
-
-POOL = ["a.jpg", "north/b.JPEG", "north/deep/c.png", "south.d/e.png"]
-
-
-def fill(storage, root):
-    data = {}
-    for seed, name in enumerate(POOL):
-        buffer = io.BytesIO()
-        Image.fromarray(picture(seed)).save(buffer, "PNG" if name.endswith("png") else "JPEG")
-        data[name] = buffer.getvalue()
-        storage.write_bytes(f"{root}/{name}", data[name])
-    for name in ("notes.txt", ".hidden.png", ".cache/x.png"):
-        storage.write_bytes(f"{root}/{name}", b"")
-    return data
-
-
-def check_pool(made, data):
-    records = read_all(made)
-    assert list(records) == ["a", "north/b", "north/deep/c", "south.d/e"]
-    assert [record.group for record in records.values()] == [None, "north", "north/deep", "south.d"]
-    assert [record.image for record in records.values()] == list(data.values())
-    assert all(record.mask is None for record in records.values()) and made.options["unlabeled"] is True
-
-
-def test_images_of_a_local_folder(tmp_path):
-    data = fill(Storage(), str(tmp_path / "pool"))
-    made = images.source(tmp_path / "pool", "voc")
-    check_pool(made, data)
-    assert made.classes == CLASS_LISTS["voc"] and made.dataset == "pool"
-    (tmp_path / "pool" / "a.jpg").unlink()
-    with pytest.raises(InputError, match=r"pool/a.jpg is gone since it was listed"):
-        made.read(made.entries[0])
-    save(tmp_path / "pool" / "north" / "b.png", picture(0))
-    assert "have one name but for their suffix" in images.source(tmp_path / "pool", "voc").problems[0]
-    (tmp_path / "empty").mkdir()
-    for arguments, message in [((tmp_path / "none", "voc"), "no local folder .*none of images"),
-                               ((tmp_path / "empty", "voc"), r"no image \(.jpg, .jpeg, .png\) below .*empty"),
-                               ((tmp_path / "pool", "vok"), "no file 'vok', nor a built-in list")]:
-        with pytest.raises(InputError, match=message):
-            images.source(*arguments)
-
-
-@pytest.fixture(scope="module")
-def server():
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"{host}:{port}"
-    running.stop()
-
-
-@pytest.fixture
-def s3(server, monkeypatch):
-    """Storage on a server with one bucket."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "key")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    connection = http.client.HTTPConnection(server, timeout=10)
-    connection.request("PUT", "/bucket")
-    assert connection.getresponse().status == 200
-    connection.close()
-    return Storage(endpoint=f"http://{server}", retries=1)
-
-
-def test_images_of_a_bucket_prefix(s3):
-    data = fill(s3, "s3://bucket/pool/day")
-    s3.write_bytes("s3://bucket/pool/night/z.png", b"")
-    made = images.source("s3://bucket/pool/day/", "cityscapes", storage=s3)
-    check_pool(made, data)
-    assert made.dataset == "day" and made.entries[0].url == "s3://bucket/pool/day/a.jpg"
-    with pytest.raises(InputError, match="no image .* below s3://bucket/none"):
-        images.source("s3://bucket/none", "cityscapes", storage=s3)
-    s3.delete("s3://bucket/pool/day/a.jpg")
-    with pytest.raises(InputError, match="s3://bucket/pool/day/a.jpg is gone"):
-        made.read(made.entries[0])
 
 
 # ---- lists

@@ -379,8 +379,8 @@ struct Bits {
 
     Bits(int64_t num_bits, int64_t num_classes, const uint64_t *codewords)
         : num_bits(num_bits), num_classes(num_classes), halves((num_bits + 63) / 64 * 2), codewords(codewords),
-          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), sums(value.size() / NIBBLE * SUMS), score(num_classes), ones(halves), hope(halves), shared(halves),
-          least_distance(num_bits) {
+          value((num_bits + NIBBLE - 1) / NIBBLE * NIBBLE), sums(value.size() / NIBBLE * SUMS), score(num_classes),
+          ones(halves), hope(halves), shared(halves), least_distance(num_bits) {
         for (int64_t n = 0; n < num_classes; n++)
             for (int64_t k = 0; k < num_bits; k += NIBBLE)
                 places.push_back(sizeof(Floats) * (k / NIBBLE * SUMS + (codewords[k / 64 * num_classes + n] >> k % 64) % SUMS));
@@ -398,6 +398,12 @@ struct Bits {
         return bits >= 32 ? ~0u : bits > 0 ? (1u << bits) - 1 : 0u;
     }
 
+    // A half word whose bits entered at the top, the first of them first, each moving down as others followed.
+    Words in_place(Words entered, int64_t x) const {
+        const int64_t bits = num_bits - 32 * x;
+        return bits >= 32 ? entered : bits > 0 ? entered >> (32 - bits) : Words{};
+    }
+
     uint64_t word(const std::vector<Words> &bits, int64_t x, int lane) const {
         return bits[2 * x][lane] | (uint64_t)bits[2 * x + 1][lane] << 32;
     }
@@ -407,7 +413,7 @@ struct Bits {
         const Floats one = Floats{} + 1.f;
         Floats sum = {};
         for (int64_t x = 0; x < halves; x++) {
-            Words below = {};  // a bit enters at the top and moves down as others follow
+            Words above = {};
             const int64_t end = std::min(32 * (x + 1), num_bits);
             for (int64_t k = 32 * x; k < end; k += GROUP) {
                 const int64_t count = std::min<int64_t>(GROUP, end - k);
@@ -416,7 +422,7 @@ struct Bits {
                     const float *at = cells + (k + j) * stride;
                     logit[j] = load(at) + share * (load(at + 1) - load(at));
                     doubt[j] = 1.f + fast_exp(-magnitude(logit[j]));
-                    below = below >> 1 | ((Words)(logit[j] < 0.f) & SIGN);
+                    above = above >> 1 | (~(Words)(logit[j] < 0.f) & SIGN);
                 }
                 reciprocals(doubt, sure);
                 for (int64_t j = 0; j < count; j++) {
@@ -424,7 +430,7 @@ struct Bits {
                     value[k + j] = with_sign_of(sure[j] - 0.5f, logit[j]);
                 }
             }
-            ones[x] = end > 32 * x ? ~below >> (32 * (x + 1) - end) : Words{};
+            ones[x] = in_place(above, x);
         }
         sure_sum = sum;
     }
@@ -494,7 +500,7 @@ struct Bits {
                 value[k] = magnitude(value[k]) - (reliability - 0.5f);  // surplus
                 surer = surer >> 1 | ((Words)(value[k] > 0.f) & SIGN);
             }
-            hope[x] = end > 32 * x ? surer >> (32 * (x + 1) - end) : Words{};
+            hope[x] = in_place(surer, x);
             still[x] = Words{} + all_bits(x);
         }
         Ints next = label;
