@@ -16,17 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from ecocseg import labelling  # noqa: E402
 from ecocseg.config import RunConfig, validate  # noqa: E402
-from ecocseg.data import reading  # noqa: E402
 from ecocseg.data.classes import ClassList  # noqa: E402
 from ecocseg.data.shards import SCHEMA, Record, read_manifest, write_shards  # noqa: E402
 from ecocseg.storage import Storage  # noqa: E402
-
-reading.ITEM_USES = 64  # sets of a few rows are planned some passes ahead, not hundreds: the same batches for less
 
 LONGEST = ("test_ray", "test_kernels", "test_toy", "test_ssl_methods", "test_stpp", "test_labelling", "test_pipeline",
            "test_sweep_runs", "test_loop")
@@ -123,6 +122,23 @@ def tiny_plain(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_config(data: Path, runs: Path, **changes: Any) -> RunConfig:
     return validate(tiny_plain(data, runs, **changes))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of several test processes on the same cores wait for one another, ten times as long as they work: what a test
+    changes ends with it."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def labelling_by_one_thread() -> Iterator[None]:
+    """Labelling in this process takes every core for itself."""
+    planned = labelling.plan_workers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelling, "plan_workers", lambda *args, **kwargs: replace(planned(*args, **kwargs), threads=1))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def spread(model, outputs, step):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(tiny, tmp_path_factory, labelling_by_one_thread):
     return {kind: make_run(tiny, tmp_path_factory.mktemp(kind), kind) for kind in ("one_hot", "ecoc")}
 
 

@@ -178,11 +178,22 @@ def test_tiny_sets_are_read_in_few_portions(tmp_path, monkeypatch):
         return plain(request, **rest)
 
     monkeypatch.setattr("ecocseg.data.pipeline.read_rows", counted)
-    monkeypatch.setattr(reading, "ITEM_USES", 1024)  # as it is outside the tests
     batches = take(stream(manifest, global_batch=16), 100)
     ids = [i for b in batches for i in b[0].image_ids]
     assert all(len(set(ids[i : i + 5])) == 5 for i in range(0, 1600, 5))
     assert max(sizes) <= 5 and len(sizes) <= 2 + 4 * reading.READ_TASKS
+
+
+def test_small_sets_are_not_planned_far_ahead(tmp_path, monkeypatch):
+    """Nothing but the passes over it bounds what 5 rows may serve: no more is planned before the first batch than for a
+    large set."""
+    write_shards(records(5), str(tmp_path), dataset="demo", classes=CLASSES, row_group_rows=2)
+    planned = []
+    monkeypatch.setattr(reading, "_close_item", lambda *a, made=reading._close_item: planned.append(made(*a)) or planned[-1])
+    with stream(read_manifest(str(tmp_path))) as source:
+        next(source)
+        time.sleep(0.2)
+        assert sum(item.uses for item in planned) < 2 * reading.ITEM_USES
 
 
 def test_what_is_read_ahead_is_bounded(manifest, monkeypatch):

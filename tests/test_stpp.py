@@ -34,7 +34,7 @@ class Done:
 
 
 @pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> Done:
+def done(monkeypatch: pytest.MonkeyPatch, labelling_by_one_thread: None) -> Done:
     """Runs in this process instead of Ray Train's."""
     seen = Done()
 

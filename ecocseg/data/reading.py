@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ITEM_ROWS = 64  # distinct rows of an item, about
 ITEM_BYTES = 8 << 20  # encoded bytes of an item, about
-ITEM_USES = 1024  # rows an item may serve, counting repetitions; small sets repeat a lot
+FIRST_USES, ITEM_USES = 64, 1024  # rows the first item, and any, may serve, counting repetitions: small sets repeat a lot
 EXECUTION_ITEMS = (4, 16, 64, 256)  # most items of the first, second, third and every further Ray Data execution
 STORE_ROOM, MIN_STORE_BYTES = 4, 256 << 20  # object store memory an execution may take, times its estimate and at least
 READ_TASKS = 2  # reads under way at once, per stream
@@ -64,6 +64,7 @@ class Item:
     number: int
     request: Ints
     num_bytes: int  # estimate
+    uses: int  # rows it serves, counting repetitions
     pieces: list[Piece] = field(repr=False)
 
     def describe(self, manifest: Manifest) -> str:
@@ -72,12 +73,15 @@ class Item:
 
 
 def plan_items(order: Order, row_bytes: float, rank: int, world: int, start_step: int) -> Iterator[Item]:
-    """Items of one rank from `start_step` on, for ever, in the order in which their rows are needed first."""
+    """Items of one rank from `start_step` on, for ever, in the order in which their rows are needed first. Each may serve
+    twice as many rows as the one before, so that a small set is not planned thousands of rows ahead before its first batch.
+    """
     group_span, row_span = int(order.group.max()) + 1, int(order.group_rows.max())
     sizes = dict(zip((order.file * group_span + order.group).tolist(), order.group_rows.tolist(), strict=True))
     open_pieces: list[tuple[WindowRows, Ints, Ints]] = []
     groups: set[int] = set()
     uses = distinct = number = 0
+    most_uses = min(FIRST_USES, ITEM_USES)
     for window in order.windows(rank, world, start_step):
         group_keys = window.file * group_span + window.group
         places = np.argsort(group_keys, kind="stable")
@@ -91,9 +95,10 @@ def plan_items(order: Order, row_bytes: float, rank: int, world: int, start_step
                 groups.add(group)
                 distinct += sizes[group]
             rows = min(uses, distinct)
-            if rows >= ITEM_ROWS or rows * row_bytes >= ITEM_BYTES or uses >= ITEM_USES:
+            if rows >= ITEM_ROWS or rows * row_bytes >= ITEM_BYTES or uses >= most_uses:
                 yield _close_item(number, open_pieces, group_span, row_span, row_bytes)
                 open_pieces, groups, uses, distinct, number = [], set(), 0, 0, number + 1
+                most_uses = min(2 * most_uses, ITEM_USES)
 
 
 def _close_item(
@@ -105,7 +110,7 @@ def _close_item(
     index = np.split(inverse, ends[:-1])
     request = np.stack([*np.divmod(group, group_span), row])
     placed = [Piece(state, places, i) for (state, places, _), i in zip(pieces, index, strict=True)]
-    return Item(number, request, int(len(keys) * row_bytes), placed)
+    return Item(number, request, int(len(keys) * row_bytes), int(ends[-1]), placed)
 
 
 def read_rows(request: Ints, manifest: Manifest, storage: Storage, columns: Sequence[str]) -> pa.Table:
@@ -136,9 +141,11 @@ class ThreadSource:
 
     def __next__(self) -> tuple[Item, Future]:
         """Next item and the future of its table."""
-        while len(self._ahead) < 2 or sum(item.num_bytes for item, _ in self._ahead) < self._limit:
-            if len(self._ahead) >= 4 * READ_TASKS:
-                break
+        while len(self._ahead) < 2 or (
+            len(self._ahead) < 4 * READ_TASKS
+            and sum(item.num_bytes for item, _ in self._ahead) < self._limit
+            and sum(item.uses for item, _ in self._ahead) < ITEM_USES
+        ):
             item = next(self._items)
             self._ahead.append((item, self._pool.submit(self._read, item.request)))
         return self._ahead.popleft()
