@@ -118,9 +118,9 @@ def run(config: RunConfig, url: str) -> dict[str, Any]:
 
 def parameters(config: RunConfig) -> str:
     """The model's line as the dry run has it: what is trained is what was checked."""
-    line = next(line for line in cli.dry_run_without_data(config).splitlines() if line.startswith("model"))
-    size = re.search(r"([\d.]+ M parameters)", line)
-    outputs = re.search(r"in (\d+) bits|one-hot, (\d+)", cli.dry_run_without_data(config))
+    text = cli.dry_run_without_data(config)
+    size = re.search(r"model .* ([\d.]+ M parameters)", text)
+    outputs = re.search(r"in (\d+) bits|one-hot, (\d+)", text)
     assert size is not None and outputs is not None
     return f"{config.model.encoder} + {config.model.head}, {size[1]}, {outputs[1] or outputs[2]} outputs"
 
