@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.exceptions import RayError
+from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision
@@ -57,7 +58,7 @@ class Retries(DefaultFailurePolicy):
         if told["failure"] is not None:
             return FailureDecision.RAISE
         failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-        if any(_is_restart(failure) for failure in failures.values()):
+        if any(isinstance(raised_by_worker(failure), Restart) for failure in failures.values()):
             return FailureDecision.RETRY
         gone = lost_nodes(told["nodes"].values()) if failures else ["a node that is taken away"]
         if not gone:
@@ -87,8 +88,11 @@ class Retries(DefaultFailurePolicy):
         return FailureDecision.RAISE
 
 
-def _is_restart(failure: BaseException) -> bool:
-    return isinstance(failure, UserExceptionWithTraceback) and isinstance(failure._base_exc, Restart)
+def raised_by_worker(failure: BaseException) -> BaseException | None:
+    """What a worker's own code raised, which Ray wraps or not; None when the worker was lost."""
+    if isinstance(failure, UserExceptionWithTraceback):
+        return failure._base_exc
+    return None if isinstance(failure, RayTrainError | RayError) else failure
 
 
 def lost_nodes(nodes: Iterable[str]) -> list[str]:
@@ -112,14 +116,11 @@ def answers(node: Mapping[str, Any]) -> bool:
 
 def first_error(failures: Mapping[int, BaseException], errors: list[dict[str, Any]]) -> str:
     """What went wrong first, in a line: other workers fail after it, for want of it."""
-    dead = [f"worker {rank}: {_last_line(failure)}" for rank, failure in failures.items()
-            if not isinstance(failure, UserExceptionWithTraceback)]
+    own = {rank: raised_by_worker(failure) for rank, failure in failures.items()}
+    dead = [f"worker {rank}: {str(failures[rank]).strip().splitlines()[-1].strip()}" for rank in own if own[rank] is None]
     told = [f"worker {error['rank']}: {error['text']}" for error in errors]
-    return (dead + told + [f"worker {rank}: {_last_line(failure)}" for rank, failure in failures.items()])[0]
-
-
-def _last_line(failure: BaseException) -> str:
-    return str(failure).strip().splitlines()[-1].strip()
+    raised = [f"worker {rank}: {type(error).__name__}: {error}" for rank, error in own.items() if error is not None]
+    return (dead + told + raised)[0]
 
 
 def signature(errors: list[dict[str, Any]], step: int) -> str:

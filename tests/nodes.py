@@ -149,8 +149,9 @@ class Cluster:
 
     def _start(self, space: str | None, address: str, *options: str, hidden: str | None = None) -> Node:
         inside = ["ip", "netns", "exec", space] if space else []
-        if hidden is not None:  # the namespace has mounts of its own too
-            inside += ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', hidden]
+        # A namespace has mounts of its own too. Without them nodes have one session folder, and delete each other's files.
+        for folder in [str(self.folder / str(self.port))] * bool(space) + [hidden] * bool(hidden):
+            inside += ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', folder]
         own = {"GLOO_SOCKET_IFNAME": "node0"} if space else {}
         with open(self.folder / f"{len(self.nodes)}-{address}.log", "wb") as log:
             process = subprocess.Popen(
@@ -162,23 +163,26 @@ class Cluster:
     def add(self, cpus: int, hidden: str | None = None) -> Node:
         """One more node, which may see an empty folder in a place of this machine's; returns once the cluster has it."""
         space, address = self.network.add() if self.network else (None, self.address)
-        before = self.alive()
+        before = self._until(self.alive)  # a node just killed may still be among them
         node = self._start(space, address, f"--address={self.address}:{self.port}", f"--num-cpus={cpus}",
                            hidden=hidden)
         self.nodes.append(node)
-        self._until(lambda: self.alive() > before)
+        self._until(lambda: self.alive() - before)
         return node
 
-    def alive(self) -> int:
+    def alive(self) -> set[str]:
+        """Ids of the nodes that the head believes alive, itself among them; none while it does not answer."""
         found = subprocess.run([RAY, "list", "nodes", "--address", self.dashboard, "--format", "json", "--limit", "1000"],
                                env=self.environment, capture_output=True, text=True)
-        return sum(node["state"] == "ALIVE" for node in json.loads(found.stdout)) if found.returncode == 0 else 0
+        listed = json.loads(found.stdout) if found.stdout.startswith("[") else []
+        return {node["node_id"] for node in listed if node["state"] == "ALIVE"}
 
-    def _until(self, done: Any, seconds: float = 600) -> None:
+    def _until(self, done: Any, seconds: float = 600) -> Any:
         deadline = time.monotonic() + seconds
-        while not done():
+        while not (found := done()):
             assert time.monotonic() < deadline and self.head.process.poll() is None, self.logs()
             time.sleep(0.5)
+        return found
 
     def logs(self) -> str:
         return "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))

@@ -13,6 +13,7 @@ from conftest import tiny_config
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -59,7 +60,9 @@ def died() -> WorkerHealthCheckFailedError:
 
 
 def group_error(**failures: Exception) -> WorkerGroupError:
-    return WorkerGroupError("failed", {int(rank[1:]): failure for rank, failure in failures.items()})
+    """As Ray's controller makes it of what it hears from its workers."""
+    statuses = {int(rank[1:]): WorkerStatus(running=False, error=failure) for rank, failure in failures.items()}
+    return WorkerGroupPollStatus(statuses).get_worker_group_error()
 
 
 def attempt(board: Remote, step: int = 7, error: str = "", nodes: str = "aa", **more: Any) -> None:
@@ -117,6 +120,16 @@ def test_a_worker_that_dies_on_a_living_node_is_an_error_of_ones_own(board: Remo
     policy = restarts.Retries(board, FailureConfig(max_failures=0, max_preemption_failures=2))
     attempt(board, nodes="aa")
     assert policy.make_decision(group_error(r1=died())) == FailureDecision.RAISE
+
+
+def test_what_went_wrong_first_is_told() -> None:
+    """A worker that was lost, then what workers told, then what Ray heard; an error need not have a text."""
+    told = [{"rank": 1, "text": "ValueError: bad"}]
+    peer, silent = raised(RuntimeError("peer")), raised(AssertionError())
+    assert restarts.first_error(group_error(r0=peer, r1=died()).worker_failures, told) == "worker 1: " + str(ActorDiedError())
+    assert restarts.first_error(group_error(r0=peer).worker_failures, told) == "worker 1: ValueError: bad"
+    assert restarts.first_error(group_error(r0=silent).worker_failures, []) == "worker 0: AssertionError: "
+    assert restarts.first_error({0: peer}, []) == "worker 0: RuntimeError: peer"  # where Ray does not unwrap
 
 
 def test_asked_for_restarts_count_towards_nothing(board: Remote) -> None:
