@@ -244,6 +244,8 @@ def test_spot_notice_reaches_ray(metadata: Any, slurm: Slurm) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
+        working = ray.remote(num_cpus=1)(type("Working", (), {"ping": lambda self: None})).remote()
+        ray.get(working.ping.remote())  # a node without work goes at once
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         subprocess.run([sys.executable, str(ROOT / "cluster/spot_watch.py"), "gcp", "--metadata", url], timeout=120, check=True,
                        env=os.environ | {"PATH": path, "RAY_ADDRESS": cluster.address})
