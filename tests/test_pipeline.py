@@ -185,8 +185,7 @@ def test_tiny_sets_are_read_in_few_portions(tmp_path, monkeypatch):
 
 
 def test_small_sets_are_not_planned_far_ahead(tmp_path, monkeypatch):
-    """Nothing but the passes over it bounds what 5 rows may serve: no more is planned before the first batch than for a
-    large set."""
+    """Rows and bytes do not bound what 5 rows may serve; what is planned before the first batch is bounded all the same."""
     write_shards(records(5), str(tmp_path), dataset="demo", classes=CLASSES, row_group_rows=2)
     planned = []
     monkeypatch.setattr(reading, "_close_item", lambda *a, made=reading._close_item: planned.append(made(*a)) or planned[-1])
